@@ -8,10 +8,12 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 from uuid import UUID
 
 import psutil
@@ -92,24 +94,45 @@ def device_index(device: str) -> int:
     return int(match[1] or 0)
 
 
-def find_gpu(index: int) -> tuple[str, int] | None:
-    """Name and free bytes of GPU ``index`` as CUDA, unlike nvidia-smi, counts, by
-    ``CUDA_VISIBLE_DEVICES``; or None."""
+class Gpu(NamedTuple):
+    """A GPU as its driver's tools name it; ``memory`` in bytes, 0 where they do not say."""
+
+    name: str
+    memory: int
+    driver: str
+
+
+def visible_gpu(index: int) -> Gpu | None:
+    """GPU ``index`` as CUDA, unlike nvidia-smi, counts, by ``CUDA_VISIBLE_DEVICES``, whether or not
+    anything here can use it; or None."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "shown") in ("", "-1"):
+        return None
     identity = _cuda_uuid(index)
-    found = nvidia_smi("name,memory.free", f"--id={identity}") if identity else []
-    return (found[0], int(found[1]) << 20) if found else None
-
-
-def nvidia_smi(fields: str, *which: str) -> list[str]:
-    """These ``fields`` of the first GPU, or of ``which``, sizes in MiB; none where it has none."""
-    query = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    fields = "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"
+    query = ["nvidia-smi", f"--id={identity or index}", *fields]
     try:
         run = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        found, commas = run.stdout.splitlines()[0], fields.count(",")
-        _, size, *others = values = found.rsplit(", ", commas)
-        return values if size.isdecimal() and len(others) == commas - 1 else []
+        name, size, driver = run.stdout.splitlines()[0].rsplit(", ", 2)
+        return Gpu(name, int(size) << 20 if size.isdecimal() else 0, driver)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return []
+        return Gpu("an NVIDIA GPU", 0, "") if identity else None
+
+
+def ask_gpu(index: int) -> Json:
+    """What ``gpu_report`` finds of GPU ``index``, in a process of its own: torch, Triton or a
+    driver that ends that is a ``reason`` like others."""
+    program = "import sys, json; from slotmoe.offload.devices.cuda import gpu_report"
+    program += f"; print(json.dumps(gpu_report({index})))"
+    command, said = [sys.executable, "-c", program], "it takes too long"
+    with suppress(subprocess.TimeoutExpired):
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
+        with suppress(ValueError, IndexError):
+            found: Json = json.loads(run.stdout.splitlines()[-1])
+            return found
+        lines = run.stderr.strip().splitlines()
+        said = lines[-1] if lines else f"it ends with {run.returncode}"
+    reason = f"torch can't be asked about it ({said:.200})"
+    return {"reason": reason, "mend": "pip install --force-reinstall torch"}
 
 
 def _cuda_uuid(index: int) -> str | None:

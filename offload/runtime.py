@@ -114,10 +114,10 @@ class Runtime(AbstractContextManager["Runtime"]):
         needs = "quantize=False needs the original checkpoint"
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(f"{path}: {needs} in a folder; download it first")
-        chosen, reason = choose_device(str(device))
-        check = partial(check_options, options, chosen)
         progress, reading = informs(progress or ignore), informs(reading)
         arriving, notify = informs(arriving), informs(notify)
+        chosen, reason = choose_device(str(device), notify=notify)
+        check = partial(check_options, options, chosen)
         told = {"arriving": arriving, "progress": progress, "notify": notify}
         folder = resolve_model(path, revision, ready=check, **told)
         if (is_export := (folder / MANIFEST).is_file()) and not quantize:

@@ -116,15 +116,16 @@ def _kernels() -> Iterator[Check]:
 
 
 def _gpu() -> Check:
+    """A process of its own asks torch, Triton and the C compiler: one may end that."""
     if not _is_installed("torch"):
         return Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
-    torch, known = metadata.version("torch"), machine.nvidia_smi("name,memory.total,driver_version")
-    if not known:
+    torch = metadata.version("torch")
+    if (gpu := machine.visible_gpu(0)) is None:
         return Check("GPU", "note", f"none found; the CPU computes (torch {torch})")
-    found = f"{known[0]}, {format_size(int(known[1]) << 20)}, driver {known[2]}"
-    if "+cpu" in torch:
-        advice = "install a CUDA build of torch: pip install --force-reinstall torch"
-        return Check("GPU", "bad", f"{found}; but torch {torch} has no CUDA", advice)
+    size = format_size(gpu.memory) if gpu.memory else "memory that its driver does not tell"
+    found, asked = f"{gpu.name}, {size}, driver {gpu.driver}", machine.ask_gpu(0)
+    if reason := asked["reason"]:
+        return Check("GPU", "bad", f"{found}; not used: {reason}", asked["mend"])
     return Check("GPU", "ok", f"{found}; torch {torch}")
 
 

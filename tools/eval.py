@@ -14,6 +14,7 @@ from slotmoe.errors import ConfigError, PlanError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_cache import is_export
+from slotmoe.offload.plan.memory import share_of
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
@@ -115,16 +116,15 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
 def _open_reference(reference: str, given: Json) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
     from slotmoe.offload.devices.cuda import choose_device
-    from slotmoe.offload.engine.loading import FREE_SHARE
     from slotmoe.offload.ingest.cached import resolve_model
     from slotmoe.offload.runtime import Runtime
 
     quantize = is_export(resolve_model(reference))
     ram, vram = (given[name] and parse_size(given[name]) for name in ("ram", "vram"))
     if quantize:
-        ram = (ram or int(available_memory() * FREE_SHARE)) // 2
+        ram = (ram or share_of(available_memory())) // 2
         if (memory := choose_device(given["device"])[0].memory()) is not None:
-            vram = (vram or int(memory.free * FREE_SHARE)) // 2
+            vram = (vram or share_of(memory.free)) // 2
     shared = options.runtime_arguments(given) | {"kernels": "auto", "logits_rows": _LOGITS_ROWS}
     try:
         return Runtime.open(reference, ram=ram, vram=vram, quantize=quantize, **shared)
@@ -141,7 +141,7 @@ def _open_beside(reference: Runtime | None, model: str, quiet: bool, given: Json
     planned, vram, ram = reference.plan.total, given["vram"], given["ram"]
     if reference.plan.tier == "ram":
         used = process_bytes()
-        budget = int(available_memory() * 0.9) + used if ram is None else parse_size(ram)
+        budget = share_of(available_memory()) + used if ram is None else parse_size(ram)
         ram = max(1, budget - max(0, planned - used))
     elif vram is not None:
         vram = max(1, parse_size(vram) - planned)

@@ -17,8 +17,8 @@ from slotmoe.offload import machine
 from slotmoe.offload.model_cache import is_hub_id, library, locate
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import Machine, Model
-from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context
-from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context, share_of
+from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
 from slotmoe.quant.codecs.codec import KEPT_CODECS
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.system import MAX_THREADS, choose_placement, cores
@@ -143,31 +143,16 @@ def _model(name: str, revision: str | None) -> Model:
 
 def _machine(given: Json) -> Machine:
     """The budgets and bandwidths to plan for: as asked, or this machine's."""
-    bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
-    with suppress(OSError, AttributeError):  # kernels that do not load
-        bandwidths = bandwidths.assumed_for(machine.instruction_set() or "portable")
-    vram, name = None if given["vram"] is None else parse_size(given["vram"]), given["gpu"]
-    if name is not None:
-        known = advice.gpu_named(name)
-        rates = {"gpu": known.bandwidth, "pcie": known.pcie, "pcie_busy": known.pcie}
-        bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or known.budget
-    asked = {tier: given[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
-    asked["pcie_busy"] = asked["pcie"]
-    rates = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
-    bandwidths = bandwidths.updated("given", **rates)
-    if "ram" in rates:  # what the CPU computes beside a GPU follows from it
-        bandwidths = bandwidths.updated("by RAM", experts=0.0)
-    if (drives := 1 + len(given["experts_dirs"])) > 1:
-        origin = f"{bandwidths.origin_of('disk')}, times {drives} drives"
-        bandwidths = bandwidths.updated(origin, disk=drives * bandwidths.disk)
-    if given["device"] == "cpu" and vram is not None:
+    vram, name, device = given["vram"] and parse_size(given["vram"]), given["gpu"], given["device"]
+    if device == "cpu" and (name or vram):
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
-    if given["device"] != "cpu" and vram is None:
-        if gpu := machine.find_gpu(machine.device_index(given["device"])):
-            name, vram = gpu[0], int(gpu[1] * 0.9)
-        elif given["device"] != "auto":
-            problem = f"--device {given['device']}: no such GPU is found on this machine"
-            raise PlanError(f"{problem}; give --gpu NAME or --vram SIZE")
+    known, unused = advice.gpu_named(name) if name else None, list[str]()
+    if known is not None:
+        vram = vram or known.budget
+    elif vram is not None:
+        name = (gpu := machine.visible_gpu(0)) and gpu.name
+    elif device != "cpu":
+        name, vram, unused = _gpu(device)
     if vram is None and given["misses"] != "auto":
         problem = "no GPU is planned for, without which the CPU computes everything"
         raise PlanError(f"--misses {given['misses']} is given and {problem}: drop it")
@@ -177,10 +162,51 @@ def _machine(given: Json) -> Machine:
     if _is_here(given):
         threads = min(threads, cores())
     # What run would find free, once it has imported its libraries.
-    free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
+    free_ram = share_of(machine.available_memory(), vram is not None)
+    free_ram += IMPORT_BYTES - machine.process_bytes()
     is_this = all(given[name] is None for name in _MACHINE)
     free_disk = shutil.disk_usage(Path.cwd()).free if is_this else None
-    return Machine(parse_size(given["ram"] or free_ram), vram, threads, bandwidths, free_disk, name)
+    rates, ram = _bandwidths(given, name, known), parse_size(given["ram"] or free_ram)
+    return Machine(ram, vram, threads, rates, free_disk, name, unused)
+
+
+def _bandwidths(given: Json, gpu: str | None, known: advice.KnownGpu | None) -> Bandwidths:
+    """As given, else of the ``known`` GPU, else as measured here, of that ``gpu``, else assumed."""
+    rates = stored_bandwidths(machine.cache_folder() / "machine.json", gpu)
+    with suppress(OSError, AttributeError):  # kernels that do not load
+        rates = rates.assumed_for(machine.instruction_set() or "portable")
+    if known is not None:
+        of_gpu = {"gpu": known.bandwidth, "gpu_products": known.operations / 2}
+        of_gpu |= {"pcie": known.pcie, "pcie_busy": known.pcie}
+        rates = rates.updated(f"of {gpu}", **of_gpu)
+    asked = {tier: given[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
+    asked["pcie_busy"] = asked["pcie"]
+    sizes = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
+    rates = rates.updated("given", **sizes)
+    if "ram" in sizes:  # what the CPU computes beside a GPU follows from it
+        rates = rates.updated("by RAM", experts=0.0)
+    if (drives := 1 + len(given["experts_dirs"])) > 1:
+        origin = f"{rates.origin_of('disk')}, times {drives} drives"
+        rates = rates.updated(origin, disk=drives * rates.disk)
+    return rates
+
+
+def _gpu(device: str) -> tuple[str | None, int | None, list[str]]:
+    """The GPU here that ``run --device`` would take and its budget, and a remark on one that it
+    would not.  Raises ``PlanError``."""
+    index = machine.device_index(device)
+    if (gpu := machine.visible_gpu(index)) is None:
+        if device == "auto":
+            return None, None, []
+        problem = f"--device {device}: no such GPU is found on this machine"
+        raise PlanError(f"{problem}; give --gpu NAME or --vram SIZE")
+    asked = machine.ask_gpu(index)
+    if not asked["reason"]:
+        return asked["name"], share_of(asked["free"]), []
+    told = f"{gpu.name} is not used: {asked['reason']}; {asked['mend']}"
+    if device != "auto":
+        raise PlanError(f"--device {device}: {told}")
+    return None, None, [told]
 
 
 def _is_here(given: Json) -> bool:
@@ -271,8 +297,7 @@ def _outlook(report: Json) -> list[str]:
     slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
     spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
     bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
-    gpu = " (estimated: bytes over bandwidth, kernels and waits as counted, computing of prompts as"
-    gpu += " nothing; no GPU has measured it)"
+    gpu = " (estimated as docs/gpu.md shows; no GPU has measured it)"
     more = f", each taken for one of the {cores()} here as far as RAM feeds it"
     more = more if settings["threads"] > cores() else ""
     return [

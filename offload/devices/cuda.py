@@ -1,5 +1,7 @@
 """CUDA devices: whether there is one that can be used, and the engine's view of it."""
 
+import importlib
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,15 +15,20 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event, T
-from slotmoe.offload.machine import device_index
+from slotmoe.offload.machine import Gpu, device_index, visible_gpu
 from slotmoe.quant.backends import lacking
 from slotmoe.quant.backends.base import Empty
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.system import hold
 
 _KINDS = 16  # of small tensors whose page-locked RAM waits for the next ones
+_MAILBOX_BYTES = 8 << 20  # of a token's small tensors, many times
 MIN_CAPABILITY = 7, 0
+# The oldest driver for each major version of CUDA (NVIDIA's CUDA Compatibility), and the newest
+# torch that pip gives for it.
+_DRIVERS = ((580, 13, "torch"), (525, 12, "'torch<2.11'"))
 
 
 class _CudaEvent(Event):
@@ -56,9 +63,11 @@ class Parcel(NamedTuple):
 
 class Mailbox:
     """Small tensors between host and device, through page-locked RAM (``mapped``) that kernels read
-    and write: no copy engine is asked, which may have records before them."""
+    and write: no copy engine is asked, which may have records before them.  ``block`` was locked
+    before any other RAM: where the system's limit is reached no more can be had."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: Mapped) -> None:
+        self._block, self._taken = block, 0
         self._free: dict[tuple[tuple[torch.Size, torch.dtype], ...], list[Parcel]] = {}
         # In stream order: kernels use it until the event, a reader while its download lives.
         self._used: list[tuple[Event, Parcel, Callable[[], object]]] = []
@@ -99,9 +108,16 @@ class Mailbox:
             return free.pop()
         if len(self._free) > _KINDS:
             self._free.clear()  # torch keeps the memory for others
+            self._taken = self._taken if self._used else 0
         starts = [0, *accumulate(-(-tensor.nbytes // 16) * 16 for tensor in like)]
+        first, size = self._taken, max(256, starts[-1])
         with torch.inference_mode(False):  # what is made in that mode can't be written outside
-            memory, views = device.mapped(max(4096, starts[-1])), list[Mapped]()
+            if first + size <= len(self._block.host):
+                memory = Mapped(*(view[first : first + size] for view in self._block))
+                self._taken += -(-size // 256) * 256
+            else:
+                memory = device.mapped(size)
+            views = list[Mapped]()
             for tensor, start in zip(like, starts, strict=False):
                 parts = (view[start : start + tensor.nbytes].view(tensor.dtype) for view in memory)
                 views.append(Mapped(*(part.view(tensor.shape) for part in parts)))
@@ -129,7 +145,7 @@ class CudaDevice(Device):
     def __init__(self, index: int):
         self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
         self._copies = torch.cuda.Stream(self.device)
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox(self.mapped(_MAILBOX_BYTES))
         if torch.cuda.memory_allocated(self.device) == 0:
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -235,9 +251,9 @@ class CudaDevice(Device):
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """What torch says about CUDA here.  ``problem`` is the driver's complaint, if it has one;
-    ``rocm`` the version that torch was built for instead; ``capability`` and ``architectures``
-    (like ``sm_90``) are the GPU's and those that this torch has kernels for."""
+    """What torch says about CUDA here.  ``cuda`` is the version that it was built for, or ``rocm``;
+    ``problem`` the driver's complaint, if it has one; ``capability`` and ``architectures`` (like
+    ``sm_90``) are the GPU's and those that this torch has kernels for."""
 
     torch: str
     built: bool
@@ -246,12 +262,14 @@ class CudaFacts:
     capability: tuple[int, int] = (0, 0)
     architectures: tuple[str, ...] = ()
     rocm: str = ""
+    cuda: str = ""
 
 
 def cuda_facts(index: int = 0) -> CudaFacts:
     """Ask torch, and the driver through it, about GPU ``index`` in CUDA's order."""
     if torch.version.hip or not torch.backends.cuda.is_built():
         return CudaFacts(torch.__version__, built=False, rocm=torch.version.hip or "")
+    cuda = torch.version.cuda or ""
     try:
         with warnings.catch_warnings():
             # torch warns of an old driver first; ``init`` then says the same as an error.
@@ -263,27 +281,45 @@ def cuda_facts(index: int = 0) -> CudaFacts:
             name = torch.cuda.get_device_name(index)
             capability = torch.cuda.get_device_capability(index)
     except (RuntimeError, AssertionError) as problem:
-        return CudaFacts(torch.__version__, True, str(problem).strip().partition("\n")[0])
+        told = str(problem).strip().partition("\n")[0].partition(". Please update")[0]
+        return CudaFacts(torch.__version__, True, told, cuda=cuda)
     known = tuple(torch.cuda.get_arch_list())
-    return CudaFacts(torch.__version__, True, "", name, capability, known)
+    return CudaFacts(torch.__version__, True, "", name, capability, known, cuda=cuda)
 
 
-def why_not(facts: CudaFacts) -> str:
-    """Why no GPU can be used; empty if one can."""
+def why_not(facts: CudaFacts, gpu: Gpu | None = None) -> tuple[str, str]:
+    """Why ``gpu``, of which torch says these ``facts``, can't be used, and what mends that; empty
+    if it can."""
     if not facts.built:
-        rocm = f"for ROCm {facts.rocm}, which slotmoe does not use"
-        kind = rocm if facts.rocm else "without CUDA"
-        return f"torch {facts.torch} here was built {kind}; a CUDA build is needed for a GPU"
+        kind = f"for ROCm {facts.rocm}, not for CUDA" if facts.rocm else "without CUDA"
+        return f"torch {facts.torch} was built {kind}", fitting_torch(gpu)
     if facts.problem:
-        return f"torch can't use CUDA: {facts.problem}"
-    device = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
+        reason = f"torch {facts.torch} can't use CUDA: {facts.problem}"
+        return reason, fitting_torch(gpu, facts.cuda)
+    capability = f"its compute capability is {facts.capability[0]}.{facts.capability[1]}"
     if facts.capability < MIN_CAPABILITY:
-        return f"{device}, {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer is needed"
+        least = ".".join(map(str, MIN_CAPABILITY))
+        return f"{capability}, torch and slotmoe need {least}", "the CPU computes"
     if not any(_runs(built, facts.capability) for built in facts.architectures):
         known = ", ".join(facts.architectures)
-        problem = f"for which torch {facts.torch} has no kernels (it has {known})"
-        return f"{device}, {problem}; install another build of torch"
-    return ""
+        reason = f"{capability}, for which torch {facts.torch} has no kernels (it has {known})"
+        return reason, fitting_torch(gpu)
+    return "", ""
+
+
+def fitting_torch(gpu: Gpu | None, built: str = "") -> str:
+    """How to get a torch that runs with the driver of ``gpu``, or a driver.  A torch that can't use
+    CUDA is ``built`` for a version of it."""
+    driver = gpu.driver if gpu else ""
+    number, newest = int(re.match(r"\d*", driver)[0] or 0), _DRIVERS[0][0]  # type: ignore[index]
+    newer = f"install NVIDIA's driver {newest} or newer"
+    for least, cuda, torch_ in _DRIVERS:
+        if number >= least:
+            if built and int(built.partition(".")[0]) <= cuda:
+                return "restart the machine: the driver that runs may be older than its files"
+            pip = f"pip install --force-reinstall {torch_}"
+            return pip if least == newest else f"{pip}, which fits driver {driver}; or {newer}"
+    return newer
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
@@ -296,19 +332,45 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     return built <= capability and (kind == "compute" or built[0] == capability[0])
 
 
-def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tuple[Device, str]:
+def choose_device(
+    wanted: str, make: Callable[[int], Device] = CudaDevice, notify: Callable[[str], object] = str
+) -> tuple[Device, str]:
     """The device that computes, and why: ``auto`` takes no GPU that only plain torch would serve.
-    Raises ``ConfigError`` if a GPU is ``wanted`` in vain."""
+    ``notify`` gets a line where a GPU is there that it does not take.  Raises ``ConfigError`` if
+    a GPU is ``wanted`` in vain."""
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"
-    facts = cuda_facts(index)
-    reason = why_not(facts)
+    name, reason, mend = _judged(index, wanted == "auto" and bindings.load() is not None)
     if reason and wanted != "auto":
-        raise ConfigError(f"device {wanted}: {reason}; or use --device cpu")
-    lack = "" if reason or wanted != "auto" else lacking(facts.capability)
-    if lack and bindings.load() is not None:
-        reason = f"{facts.name} would compute slower, through plain torch: {lack}"
+        raise ConfigError(f"device {wanted}: {reason}; {mend}; or use --device cpu")
     if reason:
+        if name:
+            notify(f"{name} is not used: {reason}; {mend}")
         return Device(), reason
-    return make(index), "as asked" if wanted != "auto" else f"{facts.name} is here"
+    return make(index), "as asked" if wanted != "auto" else f"{name} is here"
+
+
+def _judged(index: int, strictly: bool) -> tuple[str, str, str]:
+    """The name of GPU ``index``, empty if none is visible, why it is not used, and what mends that;
+    ``strictly``: nor where only plain torch would serve it."""
+    facts = cuda_facts(index)
+    gpu = None if facts.name and not why_not(facts)[0] else visible_gpu(index)
+    reason, mend = why_not(facts, gpu)
+    if strictly and not reason:
+        reason, mend = lacking(facts.capability)
+    return facts.name or (gpu.name if gpu else ""), reason, mend
+
+
+def gpu_report(index: int) -> Json:
+    """Of GPU ``index``: its ``name``, the ``reason`` why ``auto`` would not take it, what would
+    ``mend`` that, and the bytes that are ``free`` of it."""
+    name, reason, mend = _judged(index, strictly=True)
+    if not reason:
+        try:
+            importlib.import_module("triton")
+        except Exception as problem:
+            reason = f"Triton does not load ({problem})"
+            mend = "pip install --force-reinstall triton"
+    free = 0 if reason else torch.cuda.mem_get_info(index)[0]
+    return {"name": name, "reason": reason, "mend": mend, "free": free}

@@ -38,9 +38,10 @@ from slotmoe.offload.plan.memory import (
     Sizes,
     kv_bytes,
     make_plan,
+    share_of,
     sizes_of,
 )
-from slotmoe.offload.plan.speed import MODES, Split, choose_mode, cpu_cost, stored_bandwidths
+from slotmoe.offload.plan.speed import MODES, Setting, Split, cpu_cost, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.passes import DRAFTS
@@ -54,7 +55,6 @@ from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.state import SequenceState, plain_row
 from slotmoe.system import MAX_THREADS, choose_placement
 
-FREE_SHARE = 0.9  # of what is free, where no budget is given
 Store: TypeAlias = DiskReader | HostTier
 
 
@@ -206,14 +206,14 @@ class _Loader:
         return open_tokenizer(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
-        """Bytes of the device tier, and of RAM below a GPU: as asked, or ``FREE_SHARE``."""
+        """Bytes of the device tier, and of RAM below a GPU: as asked, or of what is free."""
         ram, vram, gpu = self._options.ram, self._options.vram, self._device.memory()
         if ram is not None:
             free_ram = parse_size(ram)
         else:
-            free_ram = int(available_memory() * FREE_SHARE) + process_bytes()
+            free_ram = share_of(available_memory(), gpu is not None) + process_bytes()
         if gpu is not None:
-            return parse_size(vram) if vram is not None else int(gpu.free * FREE_SHARE), free_ram
+            return parse_size(vram) if vram is not None else share_of(gpu.free), free_ram
         if vram is not None:
             problem = "--vram is given but the device is the CPU"
             raise PlanError(f"{problem}: give --ram, or --device cuda")
@@ -317,7 +317,7 @@ class _Loader:
     def way_out(self, free: int) -> str:
         """What to do where ``free`` bytes of the GPU are too few for the budget.  Graphs, kernels
         and gaps between tensors need some beside the plan."""
-        most, advice = int(min(free, self.budget) * FREE_SHARE), "end the programs that use it"
+        most, advice = share_of(min(free, self.budget)), "end the programs that use it"
         if self._sizes is None or self._make_plan(self._sizes, 0).total > most:
             return f"{advice}, lower --context, or quantize with --resident mixed"
         return f"give --vram {rounded_down(most)} or less, or {advice}"
@@ -345,6 +345,8 @@ class _Loader:
         experts = self._experts(export, store, weights)
         opened.callback(experts.slots.close)
         network = Network(config, weights, backend, experts, PREFILL_CHUNK)
+        if isinstance(store, HostTier):
+            self._ready(store, experts)
         head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
         states = [
             new_state(config, self._context, backend.latent_row, device.empty)
@@ -352,6 +354,24 @@ class _Loader:
         ]
         parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}
         return network, {**parts, "store": store, "head": head}
+
+    def _ready(self, host: HostTier, experts: Experts) -> None:
+        """Before any record is copied: say how long locking RAM takes, and load the kernels of a
+        layer's experts, for which the GPU might wait until all copies have ended."""
+        if told := host.locking():
+            self._notify(told)
+        D, K = self._config.hidden_size, self._config.num_experts_per_tok
+
+        @torch.inference_mode()
+        def compute_none() -> None:
+            x_TD, y_TKD = (self._device.empty((1, *n, D), torch.float32) for n in ((), (K,)))
+            indices_TK = self._device.empty((1, K), torch.int64).zero_()
+            slots_E = self._device.upload(torch.full((self._config.n_routed_experts,), -1).int())
+            self._backend.experts(x_TD.zero_(), experts.records, slots_E, indices_TK, y_TKD)
+            self._backend.weighted_sum(y_TKD.zero_(), y_TKD[..., 0].clone())
+            self._device.download(indices_TK, x_TD).get()
+
+        self._device.run(compute_none, "a lower --vram")
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
@@ -421,14 +441,17 @@ class _Loader:
             cpu.run_on(device.placement)
             split = Split()
             if plan.slots < layers * experts or options.misses != "auto":
-                rates = stored_bandwidths(path := cache_folder() / "machine.json")
+                rates = stored_bandwidths(path := cache_folder() / "machine.json", device.name)
                 room = plan.host_budget - plan.host["runtime"]
                 if options.misses == "auto" and room >= LINK_BYTES:
                     codecs = export.layout.codecs
                     rates = with_link(
                         rates, path, self._notify, device, slots.slab, cpu, codecs=codecs
                     )
-                split = Split(choose_mode(options.misses, rates, top_k), cpu_cost(rates))
+                assert self._sizes is not None
+                on = config, self._sizes, plan, rates, cpu.threads, export.random_weights
+                misses = Setting(*on).with_mode(options.misses).misses
+                split = Split(misses, cpu_cost(rates))
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

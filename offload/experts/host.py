@@ -11,6 +11,7 @@ not wait for all of it, and no page is locked before it exists.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -41,6 +42,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.sizes import format_size
 
 PIN_BYTES = 64 << 20
+SAID_BYTES = 1 << 30  # from which on it is said how long it takes to lock them
 
 
 class HostTier:
@@ -116,6 +118,10 @@ class HostTier:
         for read in list(self.acquired):
             self.release(read)
 
+    def locking(self) -> str:
+        """What will be page-locked, and in how many seconds; empty if that is little."""
+        return self._pinned.announced()
+
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins."""
         with self._lock:
@@ -152,13 +158,13 @@ class HostTier:
     def stats(self) -> Json:
         """Those of the disk, and ``host``: bytes copied to the GPU and seconds that copies took,
         bytes of records that the CPU computed with, hits and misses in RAM, bytes of it that are
-        page-locked, and whether that is all that is filled."""
+        page-locked, in how many seconds, and whether that is all that is filled."""
         with self._lock:
             self._collect()
         counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
         counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self._pinned.refused}
         counts |= {"hits": self.cache.hits, "misses": self.cache.misses}
-        counts |= {"pinned_bytes": self._pinned.bytes}
+        counts |= {"pinned_bytes": self._pinned.bytes, "pinned_seconds": self._pinned.seconds}
         return {**self._disk.stats(), "host": counts}
 
     def close(self) -> None:
@@ -250,7 +256,17 @@ class _Pinning:
         }
         self._locked: list[Tensor] = []
         self.refused = self._full = False
-        self.bytes, self._total = 0, slab.nbytes
+        self.bytes, self.seconds, self._total = 0, 0.0, slab.nbytes
+
+    def announced(self) -> str:
+        """See ``HostTier.locking``: a piece is locked and unlocked to see whether and how fast."""
+        piece, started = self._pieces[0], time.perf_counter()
+        if self._total < SAID_BYTES or not self._device.pin(piece):
+            return ""
+        seconds = (time.perf_counter() - started) * self._total / piece.nbytes
+        self._device.unpin(piece)
+        what = f"{format_size(self._total)} of RAM are page-locked for {self._device.name}"
+        return f"{what} while experts come in, in about {seconds:.1f} s; --ram bounds that"
 
     def written(self, slot: int) -> None:
         """A record has arrived in ``slot``."""
@@ -273,8 +289,9 @@ class _Pinning:
     def _pin(self, piece: int) -> None:
         if self._unwritten.pop(piece, None) is None:
             return
-        told = self.refused
+        told, started = self.refused, time.perf_counter()
         self._lock_pages(self._pieces[piece])
+        self.seconds += time.perf_counter() - started
         if self.refused and not told:
             locked, total, name = *map(format_size, (self.bytes, self._total)), self._device.name
             logging.getLogger("slotmoe").warning(

@@ -103,7 +103,8 @@ def measure_link(
     the machine that is measured, whichever model is opened first."""
     rows = slab.view(-1)[: LINK_BYTES // 2].split(4 << 20)
     with ThreadPoolExecutor(1) as pool:
-        alone = copy_bandwidth(device, rows, pool.submit(time.sleep, 0.3))
+        for _ in range(2):  # a link that was idle is slow: the first time wakes it
+            alone = copy_bandwidth(device, rows, pool.submit(time.sleep, 0.3))
         rate = pool.submit(expert_bandwidth, cpu, RecordLayout(2048, 1408, codecs), seconds=0.6)
         copied = copy_bandwidth(device, rows, rate)
     return {"pcie": alone, "pcie_busy": copied, "experts": rate.result()}
@@ -120,7 +121,7 @@ def with_link(
     notify(f"measuring once how fast {device.name} gets experts and the CPU computes them")
     rates = measure_link(device, slab, cpu, codecs)
     with suppress(OSError):
-        store_bandwidths(path, **rates)
+        store_bandwidths(path, device.name, **rates)
     return known.updated("measured now", **rates)
 
 

@@ -106,6 +106,7 @@ class Lasting:
         assert model.sizes is not None
         self.export, self.cpu, self.placement = model.export, model.cpu, model.device.placement
         self.config, self.sizes, self.plan = model.config, model.sizes, model.plan
+        self.gpu = model.device.name
         self.kernels, self.misses = model.backend.kind, model.quantized("predict").misses
 
     def setting(self, bandwidths: Bandwidths) -> Setting:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -19,45 +20,49 @@ from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
-from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, choose_mode, constants
+from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.sizes import format_size
 
 
 @dataclass(frozen=True)
 class KnownGpu:
-    """A GPU: its memory in GiB, and bandwidths of memory and PCIe link in bytes a second."""
+    """A GPU: its memory in GiB, bandwidths of memory and PCIe link in bytes a second, and the
+    operations of its tensor cores a second, bf16 with float32 sums, dense."""
 
     gibibytes: int
     bandwidth: float
     pcie: float
+    operations: float
 
     @property
     def budget(self) -> int:
-        """Bytes that a program can have beside the CUDA context and a desktop."""
-        return int((self.gibibytes - 0.75) * (1 << 30))
+        """Bytes that ``run`` takes: a share of what a CUDA context and a desktop leave free."""
+        return memory.share_of(int((self.gibibytes - 0.9) * (1 << 30)))
 
 
 GPUS = {
-    "rtx-5090": KnownGpu(32, 1792e9, 50e9),
-    "rtx-5080": KnownGpu(16, 960e9, 50e9),
-    "rtx-5070-ti": KnownGpu(16, 896e9, 50e9),
-    "rtx-4090": KnownGpu(24, 1008e9, 25e9),
-    "rtx-4080": KnownGpu(16, 717e9, 25e9),
-    "rtx-4070": KnownGpu(12, 504e9, 25e9),
-    "rtx-4060-ti": KnownGpu(16, 288e9, 12e9),
-    "rtx-4060": KnownGpu(8, 272e9, 12e9),
-    "rtx-3090": KnownGpu(24, 936e9, 25e9),
-    "rtx-3080": KnownGpu(10, 760e9, 25e9),
-    "rtx-3070": KnownGpu(8, 448e9, 25e9),
-    "rtx-3060": KnownGpu(12, 360e9, 25e9),
-    "rtx-2080-ti": KnownGpu(11, 616e9, 12e9),
-    "rtx-a6000": KnownGpu(48, 768e9, 25e9),
-    "l4": KnownGpu(24, 300e9, 25e9),
-    "t4": KnownGpu(16, 320e9, 12e9),
-    "a100": KnownGpu(80, 2039e9, 25e9),
-    "h100": KnownGpu(80, 3350e9, 50e9),
+    "rtx-5090": KnownGpu(32, 1792e9, 50e9, 209.5e12),
+    "rtx-5080": KnownGpu(16, 960e9, 50e9, 112.6e12),
+    "rtx-5070-ti": KnownGpu(16, 896e9, 50e9, 87.9e12),
+    "rtx-4090": KnownGpu(24, 1008e9, 25e9, 165.2e12),
+    "rtx-4080": KnownGpu(16, 717e9, 25e9, 97.5e12),
+    "rtx-4070": KnownGpu(12, 504e9, 25e9, 58.3e12),
+    "rtx-4060-ti": KnownGpu(16, 288e9, 12e9, 44.1e12),
+    "rtx-4060": KnownGpu(8, 272e9, 12e9, 30.2e12),
+    "rtx-3090": KnownGpu(24, 936e9, 25e9, 71.2e12),
+    "rtx-3080": KnownGpu(10, 760e9, 25e9, 59.5e12),
+    "rtx-3070": KnownGpu(8, 448e9, 25e9, 40.6e12),
+    "rtx-3060": KnownGpu(12, 360e9, 25e9, 25.5e12),
+    "rtx-a6000": KnownGpu(48, 768e9, 25e9, 154.8e12),
+    "l4": KnownGpu(24, 300e9, 25e9, 121e12),
+    "a100": KnownGpu(80, 2039e9, 25e9, 312e12),
+    "h100": KnownGpu(80, 3350e9, 50e9, 989e12),
 }
+# Too old for the kernels: their compute capabilities.
+OLDER = dict.fromkeys(("rtx-2080-ti", "rtx-2080", "rtx-2070", "rtx-2060", "gtx-1660", "t4"), "7.5")
+OLDER |= {"v100": "7.0", "gtx-1080-ti": "6.1", "gtx-1080": "6.1", "gtx-1070": "6.1"}
+OLDER |= {"gtx-1060": "6.1", "p40": "6.1", "p100": "6.0"}
 
 
 def gpu_named(name: str) -> KnownGpu:
@@ -65,6 +70,9 @@ def gpu_named(name: str) -> KnownGpu:
     key, plain = re.sub("[ _-]", "", name.lower()), {each.replace("-", ""): each for each in GPUS}
     if key in plain:
         return GPUS[plain[key]]
+    if older := next((each for each in OLDER if each.replace("-", "") == key), None):
+        reason = f"GPU {older} has compute capability {OLDER[older]}, slotmoe's kernels need 8.0"
+        raise ConfigError(f"{reason}: run takes the CPU beside it; plan that with --device cpu")
     digits = re.sub(r"\D", "", key)  # a number is another GPU's, however close
     near = [plain[each] for each in plain if re.sub(r"\D", "", each) == digits]
     near += [plain[each] for each in plain if len(key) > 4 and key in each]
@@ -149,7 +157,7 @@ class Model:
 @dataclass(frozen=True)
 class Machine:
     """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go,
-    None on another machine; and the GPU's name where it is known."""
+    None on another machine; the GPU's name where it is known, and ``notes`` on what is there."""
 
     ram: int
     vram: int | None
@@ -157,6 +165,7 @@ class Machine:
     bandwidths: Bandwidths
     free_disk: int | None
     gpu: str | None = None
+    notes: Sequence[str] = ()
 
 
 def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
@@ -289,7 +298,7 @@ class Scenario:
 
         report: Json = {
             "model": self.model.name,
-            "notes": config.notes,
+            "notes": [*config.notes, *machine.notes],
             "fits": self.fits and self.disk()["fits"],
             "components": components,
             "total": by_tier(components),
@@ -307,7 +316,7 @@ class Scenario:
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {tier: known(tier, "bytes_per_second") for tier in tiers},
             "core": {name: known(name, "per_second") for name in CORE},
-            "constants": constants(rates, gpu, config.mtp),
+            "constants": constants(rates, gpu, config),
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),
@@ -320,9 +329,9 @@ class Scenario:
 
     def _setting(self) -> Setting:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
-        misses = choose_mode(self.misses, rates, config.num_experts_per_tok)
         on, threads = (config, sizes, self.plan, rates), self.machine.threads
-        return Setting(*on, threads, self.model.random_weights, misses, self.prefetch)
+        setting = Setting(*on, threads, self.model.random_weights, prefetch=self.prefetch)
+        return setting.with_mode(self.misses) if self.plan.tier == "vram" else setting
 
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,

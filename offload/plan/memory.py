@@ -39,6 +39,13 @@ HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another
 # What importing the libraries takes, with torch 2.13 for CPUs; a running process knows its figure.
 IMPORT_BYTES = 226 << 20
 CUDA_IMPORT_BYTES = 1 << 30
+# Of what is free, where no budget is given; of RAM below a GPU less, since that is page-locked.
+FREE_SHARE, LOCKED_SHARE = 0.9, 0.75
+
+
+def share_of(free: int, locked: bool = False) -> int:
+    """Bytes that a model takes of so many ``free`` ones of RAM, or of a GPU, by itself."""
+    return int(free * (LOCKED_SHARE if locked else FREE_SHARE))
 
 
 @dataclass(frozen=True)

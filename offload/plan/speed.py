@@ -31,14 +31,19 @@ from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, 
 STREAM_PRODUCTS = 8000
 DECODED_ROWS = 1  # in prefill decoding an expert's codes costs as much as so many tokens by it
 GPU_SHARE = 0.6  # of a GPU's bandwidth that decode reaches: assumed, not measured
+GPU_PRODUCTS_SHARE = 0.3  # of what its tensor cores give that prefill reaches: assumed
 HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, not measured
-GPU_LAUNCHES = 8  # kernels of a layer in one graph; one more with q-LoRA
-GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
-# Of a layer that misses three of six experts, beside a driver that does nothing, on a loaded core
-# of an EPYC: from the choice to the first copy 0.03 ms, and 0.02 are
-# assumed for the driver; and all that the host does, most of it while records are copied.
-GPU_MISS_SECONDS = 5e-5
-GPU_HOST_SECONDS = 4e-4
+# Kernels of a token in a layer by its attention: latents have one graph, of one more with q-LoRA;
+# the others are launched one by one from Python, and so is all of prefill.
+GPU_LAUNCHES = {"latent": 8, "indexed": 62, "compressed": 78, "grouped": 56}
+PREFILL_LAUNCHES = 40
+GPU_LAUNCH_SECONDS, PYTHON_LAUNCH_SECONDS = 1.5e-6, 8e-6  # each of them: assumed
+GPU_MISS_SECONDS = 5e-5  # from a layer's choice to its first copy, 0.02 ms of it for the driver
+# All that the host does in a layer with misses, most of it while records are copied, and until the
+# CPU's first product, beside a driver that does nothing: V2's sizes, a loaded core of an EPYC.
+HOST_SECONDS = {"fetch": 7.2e-4, "cpu": 1e-3, "hybrid": 1.05e-3}
+CPU_START_SECONDS = 5e-4
+SAMPLE_SECONDS = 1.2e-9  # a logit: 0.15 ms for 129,280 with temperature and top-p, one core
 TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
@@ -56,6 +61,7 @@ BOUND_TOKENS = 3  # up to so many, CPU kernels are bound by reading the record, 
 CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small")), "core_bytes")
 _Rate = Annotated[float, Meta(ge=1e-12, le=10**15)]
 MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
+OF_GPU = ("gpu", "pcie", "pcie_busy", "experts")  # those that are of one GPU, and of its link
 # Products and bytes beside AVX-512's, by the set's first letters: a Zen 5 core; NEON is guessed.
 SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.55, 1.0), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
 
@@ -69,6 +75,7 @@ class Bandwidths:
     share: float = 0.95  # of it that decode's kernels reach
     disk: float = 2e9
     gpu: float = 500e9
+    gpu_products: float = 35e12  # multiply-adds of its tensor cores
     pcie: float = 25e9
     pcie_busy: float = 20e9  # the same while the CPU computes experts
     experts: float = 0.0  # records that the CPU's kernels get through meanwhile; 0: see beside_gpu
@@ -113,8 +120,17 @@ class Bandwidths:
         return float(products * (large - a_value * few) + values * a_value)
 
 
-def constants(rates: Bandwidths, gpu: bool, mtp: bool) -> dict[str, float]:
+def gpu_launches(config: Config) -> tuple[int, float]:
+    """Kernels of a token in a layer on a GPU, and seconds of each beside its work."""
+    kind = config.family.attention
+    if kind == "latent" and config.indexer is None:
+        return GPU_LAUNCHES[kind] + (config.q_lora_rank is not None), GPU_LAUNCH_SECONDS
+    return GPU_LAUNCHES["indexed" if kind == "latent" else kind], PYTHON_LAUNCH_SECONDS
+
+
+def constants(rates: Bandwidths, gpu: bool, config: Config) -> dict[str, float]:
     """What a prediction takes for granted, by its name in the report."""
+    launches, seconds = gpu_launches(config)
     of_cpu = {
         "products for a value of prefill's stream": STREAM_PRODUCTS,
         "tokens for an expert's decoding": DECODED_ROWS,
@@ -124,22 +140,27 @@ def constants(rates: Bandwidths, gpu: bool, mtp: bool) -> dict[str, float]:
     }
     of_gpu = {
         "share of GPU memory's bandwidth": GPU_SHARE,
-        "kernels a layer": GPU_LAUNCHES,
-        "seconds between two": GPU_LAUNCH_SECONDS,
+        "multiply-adds of its tensor cores": rates.gpu_products,
+        "share of these": GPU_PRODUCTS_SHARE,
+        "kernels a layer": launches,
+        "seconds between two": seconds,
         "a layer that waits": GPU_MISS_SECONDS,
-        "the host's work for that": GPU_HOST_SECONDS,
+        "the host's work for that": HOST_SECONDS["fetch"],
+        "sampling a logit": SAMPLE_SECONDS,
     }
-    of_head = {"the head's drafts that are right": HEAD_RIGHT} if mtp else {}
+    of_head = {"the head's drafts that are right": HEAD_RIGHT} if config.mtp else {}
     return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
 
 
-def stored_bandwidths(path: Path) -> Bandwidths:
-    """What ``store_bandwidths`` wrote to ``path``, or assumptions.  Raises ``ConfigError``."""
+def stored_bandwidths(path: Path, gpu: str | None = None) -> Bandwidths:
+    """What ``store_bandwidths`` wrote to ``path``, of a GPU only what was measured of that one, or
+    assumptions.  Raises ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
     stored = read_json(path, 1 << 16, Json)
     try:
-        measured = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
+        names = [name for name in MEASURED if name not in OF_GPU or stored.get("device") == gpu]
+        measured = {name: stored[name] for name in names if stored.get(name) is not None}
         values = typed(measured, dict[str, _Rate])
     except ValueError as problem:
         advice = "delete it or run slotmoe bench --calibrate again"
@@ -147,12 +168,15 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
 
 
-def store_bandwidths(path: Path, **values: float) -> None:
+def store_bandwidths(path: Path, gpu: str | None = None, **values: float) -> None:
     """Store measured figures, named as in ``MEASURED``, beside those that are there, whose date
-    stays.  Raises ``OSError``."""
+    stays, but for those of another ``gpu``.  Raises ``OSError``."""
     assert set(values) <= set(MEASURED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_note(path, {"date": date.today().isoformat(), **read_note(path), **values})
+    note = {"date": date.today().isoformat(), **read_note(path)}
+    if gpu is not None and note.get("device") != gpu:
+        note = {name: note[name] for name in note if name not in OF_GPU} | {"device": gpu}
+    write_note(path, note | values)
 
 
 @dataclass(frozen=True)
@@ -228,41 +252,71 @@ class Setting:
         touched = self.sizes.touched + latents + used * record
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
         read_seconds = rates.latency + MISS_SECONDS if small else record / rates.disk
-        between = c.num_hidden_layers * LAYER_SECONDS
+        disk = {"disk": missing * read_seconds}
         if not on_cpu:
-            # All resident layers are one graph; a layer with a miss waits for the host.
-            launches = GPU_LAUNCHES + (c.q_lora_rank is not None)
-            between = c.num_hidden_layers * launches * GPU_LAUNCH_SECONDS
-        elif missing == 0 or small:
+            return disk | self._gpu_seconds(used, touched)
+        between = c.num_hidden_layers * LAYER_SECONDS
+        if missing == 0 or small:
             # Nothing is read ahead, so only a miss comes between two layers.
             alone = len(c.moe_layers) * (1 - (1 - missing / used) ** K)
             between = TOKEN_SECONDS + alone * LAYER_SECONDS
-        seconds = {"between kernels": between, "disk": missing * read_seconds}
-        if on_cpu:
-            return seconds | {
-                # The cores may be too few to keep the RAM busy.
-                "RAM": touched / min(rates.share * rates.ram, self.threads * rates.core_bytes),
-                "attention": rows * self._attention(depth) / self.threads,
-            }
-        experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
-        hits = self.hits(self.plan.slots)
-        absent = used * (1 - hits) * record
-        computed = {
-            "fetch": {"PCIe": absent / rates.pcie},
-            "cpu": {"CPU experts": absent / experts},
-            "hybrid": {"PCIe and CPU experts": absent / (rates.pcie_busy + experts)},
+        return disk | {
+            "between kernels": between,
+            # The cores may be too few to keep the RAM busy.
+            "RAM": touched / min(rates.share * rates.ram, self.threads * rates.core_bytes),
+            "attention": rows * self._attention(depth) / self.threads,
         }
-        (behind,), waiting = computed[self.misses].values(), len(c.moe_layers) * (1 - hits**K)
-        seconds["between kernels"] += waiting * GPU_MISS_SECONDS
-        seconds["between kernels"] += max(0.0, waiting * GPU_HOST_SECONDS - behind)
+
+    def _gpu_seconds(self, used: float, touched: float) -> dict[str, float]:
+        """What a pass waits for beside the disk on a GPU, which uses so many experts and touches so
+        many bytes: all its kernels, and where experts of a layer are in no slot, their way or the
+        CPU, and what the host does longer than those take."""
+        c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
+        layers, (launches, seconds) = len(c.moe_layers), gpu_launches(c)
+        hits = self.hits(self.plan.slots)
+        between = c.num_hidden_layers * launches * seconds + c.vocab_size * SAMPLE_SECONDS
+        each, behind = round(used / layers), 0.0
+        for missing in range(1, each + 1):
+            share = math.comb(each, missing) * (1 - hits) ** missing * hits ** (each - missing)
+            waits = self._missing_seconds(missing)
+            behind += layers * share * waits
+            host = GPU_MISS_SECONDS + max(0.0, HOST_SECONDS[self.misses] - waits)
+            between += layers * share * host
         # Meanwhile the GPU computes experts in slots and shared ones.
-        beside = (used * hits + len(c.moe_layers) * c.n_shared_experts) * record
+        beside = (used * hits + layers * c.n_shared_experts) * record
         computing = touched - min(beside, behind * rates.gpu * GPU_SHARE)
-        return seconds | {"GPU memory": computing / rates.gpu / GPU_SHARE} | computed[self.misses]
+        waited = {"fetch": "PCIe", "cpu": "CPU experts", "hybrid": "PCIe and CPU experts"}
+        seconds_of = {"between kernels": between, "GPU memory": computing / rates.gpu / GPU_SHARE}
+        return seconds_of | {waited[self.misses]: behind}
+
+    def _missing_seconds(self, missing: int) -> float:
+        """Of a token's layer with so many experts in no slot: the slower of what is copied and what
+        the CPU computes; both read RAM, which gives no more than it has."""
+        rates, record = self.bandwidths, self.sizes.record_bytes
+        computed = 0
+        if self.misses != "fetch":
+            split = Split(self.misses, cpu_cost(rates))
+            computed = split.for_cpu(1, [1] * missing, missing)
+        link = rates.pcie_busy if computed else rates.pcie
+        experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
+        on_cpu = CPU_START_SECONDS + computed * record / experts if computed else 0.0
+        read = missing * record / rates.share / rates.ram
+        return max((missing - computed) * record / link, on_cpu, read)
+
+    def with_mode(self, wanted: str) -> "Setting":
+        """With the way to compute what is missing that was ``wanted``, for ``auto`` with what is
+        predicted to be fastest: both sides at once only where the CPU is twice as fast as the
+        link, since their work has to be divided."""
+        if wanted != "auto":
+            return replace(self, misses=wanted)
+        rates = self.bandwidths
+        ways = ["fetch", "cpu"] + ["hybrid"] * (rates.beside_gpu() > 2 * rates.pcie_busy)
+        settings = [replace(self, misses=way) for way in ways]
+        return min(settings, key=lambda it: it._total(it._decode_seconds(PREFILL_CHUNK, 1)))
 
     def _prefill_seconds(self, tokens: int) -> dict[str, float]:
-        """What a prompt waits for: each pass loads its experts once, and reads all weights from RAM
-        for every step; GPU computing is free."""
+        """What a prompt waits for: each pass loads its experts once, and reads all weights for
+        every step."""
         c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
         experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
         spent = defaultdict[str, float](float, disk=0.0)
@@ -274,16 +328,30 @@ class Setting:
             chunk = min(tokens - start, plan.prefill_chunk)
             needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
             spent["disk"] += needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk
+            touched, steps = (self.sizes.touched + used(step)), chunk / step
             if plan.tier == "ram":
                 each = self._token_seconds(used(step) / record / step)
                 cores = chunk * (each + self._attention(start + chunk // 2)) / self.threads
-                read = (self.sizes.touched + used(step)) * chunk / step / rates.ram / rates.share
+                read = touched * steps / rates.ram / rates.share
                 spent["RAM" if read > cores else "cores"] += max(cores, read)
                 layers = TOKEN_SECONDS + c.layer_count * LAYER_SECONDS
-                spent["between kernels"] += chunk / step * layers
             else:
-                spent["PCIe"] += needed * (1 - self.hits(plan.slots)) / rates.pcie
+                products = chunk * (self._products() + attention_products(c, start + chunk // 2))
+                computed = products / rates.gpu_products / GPU_PRODUCTS_SHARE
+                computed = max(computed, touched * steps / rates.gpu / GPU_SHARE)
+                link = min(rates.pcie, rates.share * rates.ram)
+                copied = needed * (1 - self.hits(plan.slots)) / link
+                spent["PCIe" if copied > computed else "GPU"] += max(copied, computed)
+                layers = c.layer_count * PREFILL_LAUNCHES * PYTHON_LAUNCH_SECONDS
+            spent["between kernels"] += steps * layers
         return dict(spent)
+
+    def _products(self) -> int:
+        """Multiply-adds of a prompt's token; no attention, no head."""
+        c = self.config
+        shapes = [s for s in resident_shapes(c).values() if len(s) == 2 and c.vocab_size not in s]
+        routed = len(c.moe_layers) * c.num_experts_per_tok * 3 * c.hidden_size
+        return sum(map(math.prod, shapes)) + routed * c.moe_intermediate_size
 
     def _token_seconds(self, decoded: float) -> float:
         """A core's seconds for a prompt's token, ``decoded`` experts; no attention, no head."""
@@ -323,15 +391,6 @@ def cpu_cost(bandwidths: Bandwidths) -> float:
     return bandwidths.pcie_busy / bandwidths.beside_gpu()
 
 
-def choose_mode(wanted: str, bandwidths: Bandwidths, top_k: int) -> str:
-    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what is best where all of a
-    token's experts are missing."""
-    if wanted != "auto":
-        return wanted
-    computed = for_cpu([1] * top_k, cpu_cost(bandwidths))
-    return "fetch" if computed == 0 else "cpu" if computed == top_k else "hybrid"
-
-
 def for_cpu(tokens: Sequence[int], cost: float) -> int:
     """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many
     tokens want each, the fewest first.  The others are fetched.  ``cost`` is a ``cpu_cost``."""
@@ -346,7 +405,8 @@ def for_cpu(tokens: Sequence[int], cost: float) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """How missing experts are divided: ``mode`` is of ``choose_mode``, ``cost`` a ``cpu_cost``."""
+    """How missing experts are divided: ``mode`` is ``fetch``, ``cpu`` or ``hybrid``, ``cost`` a
+    ``cpu_cost``."""
 
     mode: str = "fetch"
     cost: float = 1.0

@@ -3,8 +3,12 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,7 +19,7 @@ from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.shapes import SWIGLU, Activation
 
 # Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
-_TRITON_CAPABILITY = 8, 0
+KERNELS_CAPABILITY = 8, 0
 
 
 def pick_backend(
@@ -43,36 +47,62 @@ def _python_header() -> Path:
     return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
 
 
-def lacking(capability: tuple[int, int] | None) -> str:
-    """What Triton lacks for a GPU of ``capability``, or for its interpreter (None); else empty."""
+def lacking(capability: tuple[int, int] | None) -> tuple[str, str]:
+    """What Triton lacks for a GPU of ``capability``, or for its interpreter (None), and what mends
+    that; else empty."""
     if (found := importlib.util.find_spec("triton")) is None:
-        return "Triton is not installed (pip install triton, on Windows triton-windows)"
+        return "Triton is not installed", "pip install triton, on Windows triton-windows"
     if capability is None:
-        return ""
-    if capability < _TRITON_CAPABILITY:
-        return "the GPU's compute capability is below {}.{}".format(*_TRITON_CAPABILITY)
-    own = Path(str(found.origin)).with_name("runtime") / "tcc"  # a compiler, in triton-windows
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))) or own.is_dir()):
-        return "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+        return "", ""
+    if capability < KERNELS_CAPABILITY:
+        least, own = (".".join(map(str, pair)) for pair in (KERNELS_CAPABILITY, capability))
+        reason = f"its compute capability is {own}, slotmoe's kernels need {least}"
+        return reason, "the CPU computes; --device cuda takes it through plain torch, slower"
+    if Path(str(found.origin)).with_name("runtime").joinpath("tcc").is_dir():
+        return "", ""  # triton-windows brings a compiler and headers
+    compilers = os.environ.get("CC"), *map(shutil.which, ("gcc", "clang", "cc"))
+    if (compiler := next(filter(None, compilers), None)) is None:
+        reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+        return reason, "apt install gcc, or set CC"
     if not (header := _python_header()).is_file():
-        return f"Triton needs Python's headers to start kernels, and {header} is not there"
-    return ""
+        reason = f"Triton needs Python's headers to start kernels, and {header} is not there"
+        return reason, f"apt install python3.{sys.version_info.minor}-dev"
+    if problem := _compile_problem(compiler, header.parent):
+        reason = f"the C compiler {compiler}, with which Triton starts kernels, fails ({problem})"
+        return reason, "apt install --reinstall gcc libc6-dev, or set CC to one that works"
+    return "", ""
+
+
+@cache
+def _compile_problem(compiler: str, headers: Path) -> str:
+    """Why ``compiler`` makes no library with Python's ``headers``; empty if it does."""
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\n")
+        command = [compiler, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", f"{source}.so"]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as problem:
+            return str(problem.strerror)
+        lines = [line for line in run.stderr.splitlines() if "error" in line] + ["it says nothing"]
+        return f"{lines[0]:.200}" if run.returncode else ""
 
 
 def _triton_ops(device: torch.device, activation: Activation, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux, and for Windows apart.  Only this imports
     it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if not (reason := lacking(capability)):
+    reason, mend = lacking(capability)
+    if not reason:
         from slotmoe.quant.backends.triton import TritonBackend
 
         ops = TritonBackend(device, activation)
         if capability or ops.interpreted:
             return ops
         only = "on a CPU they run only under Triton's interpreter, for tests"
-        reason = f"{only}: set TRITON_INTERPRET=1"
+        reason, mend = only, "set TRITON_INTERPRET=1"
     if required:
-        raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
+        raise ConfigError(f"kernels triton: {reason}; {mend}; or use kernels torch")
     plain = TorchBackend(torch.bfloat16, activation)
     plain.name = f"torch, since {reason}"
     return plain

@@ -38,7 +38,8 @@ class CudaGraphs:
     """Captures one backend's graphs.  They share a memory pool, since they never run at once.
 
     A pool's handle dies with the last graph that was captured into it, so no two backends share
-    one, and a capture that fails is the last.
+    one, and a capture that fails is the last; but one that finds no memory is tried again when 64
+    graphs more have been asked for, then when twice as many have.
     """
 
     # Graphs that CUDA has spoiled: torch's allocator of page-locked RAM keeps their address.
@@ -48,11 +49,13 @@ class CudaGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._pool: _POOL_HANDLE | None = None
         self._failed = False
+        self._pause, self._next_pause = 0, 64  # graphs that are asked for in vain
 
     def __call__(self, function: Callable[[], R]) -> Graph[R] | None:
         """What ``function`` does, as a graph.  It runs at least once and must not make the host
-        wait for the device.  None where a capture has failed, which is said once."""
-        if self._failed:
+        wait for the device.  None where a capture has failed, which is said."""
+        if self._failed or self._pause:
+            self._pause = max(0, self._pause - 1)
             return None
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -62,7 +65,9 @@ class CudaGraphs:
             try:
                 graph = self._capture(function)
             except Exception as problem:
-                self._failed, graph = True, None
+                graph, self._failed = None, not isinstance(problem, torch.OutOfMemoryError)
+                if not self._failed:
+                    self._pause, self._next_pause = self._next_pause, 2 * self._next_pause
                 told = str(problem).partition("\n")[0]
                 logging.getLogger("slotmoe").warning(
                     "a CUDA graph could not be captured (%s); steps go on without, slower", told

@@ -15,7 +15,7 @@ def on_twin() -> Iterator[None]:
     from tests.support.twin import Twin
 
     twin = Twin(capacity=CAPACITY)
-    with patch("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a dry run")):
+    with patch("slotmoe.offload.runtime.choose_device", lambda wanted, notify: (twin, "a dry run")):
         yield
 
 

@@ -70,7 +70,7 @@ def facts(dry: bool) -> Found:
     from slotmoe.offload.machine import instruction_set
 
     found = cuda_facts()
-    engines, reason = ctypes.c_int(0), why_not(found)
+    engines, reason = ctypes.c_int(0), why_not(found)[0]
     if not reason:
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuInit(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slotmoe.errors import DeviceError, PlanError
-from slotmoe.offload.engine import loading
+from slotmoe.offload.plan import memory
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.twin import Twin
 
@@ -39,7 +39,7 @@ def test_what_is_allocated_is_what_was_planned(on_twin):
 
 def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin, monkeypatch):
     """And the advice opens it: less than what is free, unless the least plan takes more."""
-    monkeypatch.setattr(loading, "FREE_SHARE", 0.99)  # the sample's slots take few bytes
+    monkeypatch.setattr(memory, "FREE_SHARE", 0.99)  # the sample's slots take few bytes
     twin = Twin(capacity=400 << 20)
     for free, advice in ((200, "give --vram 198MiB or less, or end the"), (20, "end the")):
         twin.gpu.taken = (400 - free) << 20
@@ -98,8 +98,8 @@ ILLEGAL = "CUDA error: an illegal memory access"
 AGAIN = f"^the twin failed .{ILLEGAL}.; start the program again$"
 BROKEN = [  # what, at which copy or launch, by what, and what is told
     ("fail", 60, "an invalid argument", r"copying an expert to the twin failed .an invalid argu"),
-    ("on_launch", 1, f"{ILLEGAL}\nmore", AGAIN),
-    ("on_launch", 1, "a mistake here", "^a mistake here$"),
+    ("on_launch", 2, f"{ILLEGAL}\nmore", AGAIN),
+    ("on_launch", 2, "a mistake here", "^a mistake here$"),
 ]
 
 

@@ -3,18 +3,22 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
+from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import memory
-from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.advice import geometry_path, gpu_named
 from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
     CORE,
+    GPU_LAUNCHES,
     SETS,
     Bandwidths,
     Setting,
@@ -26,11 +30,14 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.shapes import MARK_TOKENS
 from slotmoe.state import plain_row
+from tests.support import streams
+from tests.support.engine import start
 from tests.support.hub import NAME, Repo
 from tests.support.meta import empty
 from tests.support.slab import NF4S
 from tests.support.tiny import SAMPLE
-from tests.support.v4 import CONFIGS, state_bytes
+from tests.support.twin import Twin, open_on
+from tests.support.v4 import CONFIGS, state_bytes, write_case
 
 GIB = 1 << 30
 GPU = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
@@ -190,7 +197,7 @@ def test_what_a_model_takes_of_the_disk(plan, planned, sample_export, monkeypatc
 LOWER = "lower --prompt-tokens, or raise --context (now 64, the model has 163840)"
 BAD = [
     ("v2 --gpu rtx-409", "did you mean rtx-4090?"),
-    ("v2 --gpu gtx-1080", "'gtx-1080' is unknown; known are rtx-5090,"),
+    ("v2 --gpu gtx-980", "'gtx-980' is unknown; known are rtx-5090,"),
     ("v2 --ram lots", "'lots' is not a size"),
     ("v2-lite --context 999999999", "is outside 1 to 163840, the model's max_position_embeddings"),
     ("sample --prompt-tokens 5000", "does not fit the context of 1024"),
@@ -224,9 +231,9 @@ PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of
     ("v2-lite", 5 << 10, {"context": 8192}, {"random_routing": True}, 172.99, 5.0213),
     ("v4-flash", 64 << 10, {"sequences": 3}, {"prefetch": False}, 14.445, 1.2703),
     ("sample", 40, {"slots": 40, "drafts": True}, {}, 21181, 119.1),
-    ("glm-5", 22 << 10, GPU | {"host_budget": 64 * GIB}, {}, 3.7323, 0.28901),
-    ("v2", 22 << 10, GPU, {"misses": "hybrid"}, 132.72, 9.1757),
-    ("v2", 16 << 10, GPU | {"context": 8192}, {"misses": "cpu"}, 1053.9, 4.3887),
+    ("glm-5", 22 << 10, GPU | {"host_budget": 64 * GIB}, {}, 3.7322, 0.28852),
+    ("v2", 22 << 10, GPU, {"misses": "hybrid"}, 131.90, 7.4859),
+    ("v2", 16 << 10, GPU | {"context": 8192}, {"misses": "cpu"}, 192.56, 3.8838),
 ]
 
 
@@ -240,6 +247,87 @@ def test_predictions(name, size, options, setting, prefill, decode):
     speeds = found.prefill_tokens_per_second, found.decode_tokens_per_second
     assert speeds == pytest.approx((prefill, decode), rel=1e-4)
     assert memory.predicted_components(plan, 1 << 20, 0) == memory.by_name(plan)
+
+
+RECKONED = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text().split("```text\n")[1]
+
+
+@pytest.mark.parametrize("block", RECKONED.partition("```")[0].strip().split("\n\n"))
+def test_a_gpus_figures_are_the_pages_arithmetic(planned, block):
+    """Whose every line is right, and whose sums ``plan`` prints, within 15%."""
+    command, *lines = block.splitlines()
+    sums = {"prefill": 0.0, "decode": 0.0}
+    for line in lines:
+        name, product, result = re.match(r"(.{29}) ([\d.e ()*/+-]+) +([\d.]+)$", line).groups()
+        spent = eval(product)  # of digits and signs
+        assert f"{spent:.1f}" == result, line
+        sums["prefill" if name.startswith("prompt") else "decode"] += spent / 1e3
+    report = planned(*command.split()[2:], "--threads", 8, "--misses", "fetch")
+    for kind, tokens in (("prefill", 512), ("decode", 1)):
+        found = tokens / report[f"{kind}_tokens_per_second"]
+        assert sum(report[f"{kind}_seconds"].values()) == pytest.approx(found)
+        assert found == pytest.approx(sums[kind], rel=0.15)
+    assert report["bandwidths"]["gpu"]["origin"].startswith("of ")
+
+
+@pytest.mark.parametrize("options", ["v2-lite --vram 8GiB", "v2 --ram-bandwidth 400GB", "v3.2"])
+def test_auto_is_the_fastest_way(planned, options):
+    """What ``run`` takes too; both sides at once where the CPU is twice as fast as the link."""
+    on = *options.split(), "--gpu", "rtx-4090", "--threads", 64, "--ram", "600GiB"
+    found = {way: planned(*on, "--misses", way) for way in ("auto", "fetch", "cpu", "hybrid")}
+    speeds = {way: it["decode_tokens_per_second"] for way, it in found.items()}
+    rates = found["auto"]["bandwidths"]
+    twice = rates["experts"]["bytes_per_second"] > 2 * rates["pcie"]["bytes_per_second"]
+    allowed = ["fetch", "cpu", *["hybrid"] * twice]
+    assert speeds["auto"] == max(speeds[way] for way in allowed)
+    assert twice == ("400GB" in options)
+
+
+@pytest.mark.parametrize("misses", ["fetch", "cpu", "hybrid"])
+def test_ram_gives_no_more_than_it_has(misses):
+    """To a link of 50 GB/s and the CPU together."""
+    config, plan = geometry("v2"), plan_of(geometry("v2"), 28 * GIB, **GPU)
+    rates, sizes = Bandwidths(ram=70e9, pcie=50e9, pcie_busy=50e9), sizes_of(config, "mixed", NF4S)
+    on = Setting(config, sizes, plan, rates, 64, False, misses)
+    (spent,) = (it for name, it in on.predict(8, 8).decode_seconds.items() if name in WAITED)
+    absent = 59 * 6 * (1 - on.hits(plan.slots)) * plan.record_bytes
+    assert absent / spent <= 0.95 * 70e9
+
+
+WAITED = "PCIe", "CPU experts", "PCIe and CPU experts"
+
+
+def test_a_named_gpu_has_the_budget_that_run_takes():
+    assert gpu_named("RTX 4090").budget == pytest.approx(20.8 * GIB, rel=0.01)
+
+
+LAUNCHED = {"v3.2-sparse": "indexed", "v4": "compressed", "glm4": "grouped"}
+
+
+@pytest.mark.usefixtures("nightly", "interpreter", "twin")
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_launches_of_a_layer_are_those_that_plan_counts(case, tmp_path, monkeypatch):
+    """Beside few of the token's own."""
+    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+    shape = {"o_lora_rank": 32} if case == "v4" else {}
+    write_case(tmp_path / "source", case, torch.bfloat16, max_position_embeddings=256, **shape)
+    quantize(tmp_path / "source", tmp_path / "export")
+    launched, put = [], streams.Gpu.put
+
+    def count(gpu, stream, item):
+        launched.append(item) if stream is gpu.default else None
+        put(gpu, stream, item)
+
+    with open_on(tmp_path / "export", Twin(1, triton=True), misses="fetch") as runtime:
+        runtime.warm()
+        step = start(runtime)
+        for id in range(5, 10):
+            step([id])
+        monkeypatch.setattr(streams.Gpu, "put", count)
+        step([10])
+    kernels = sum(not isinstance(item, streams.Mark) for item in launched)
+    layers, counted = runtime.config.num_hidden_layers, GPU_LAUNCHES[LAUNCHED[case]]
+    assert 0 <= kernels - layers * counted < counted
 
 
 def test_bandwidths_are_kept_for_later_plans(planned, tmp_path):

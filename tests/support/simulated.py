@@ -274,6 +274,7 @@ def _register(address, size, flags):
     gpu = gpu_of(here.device)
     if sum(gpu.pinned().values()) + size > gpu.pins:
         here.refusal = "out of memory"  # told again at this thread's next launch
+        gpu.locks = False  # as under WSL2
         return 2
     PINNED[address] = size, gpu.index
     return 0
@@ -283,6 +284,8 @@ def _host_memory(*given, pin_memory=False, **options):
     if not pin_memory:
         return torch.empty(*given, **options)
     refuse("page-locked RAM is allocated")
+    if not gpu_of(here.device).locks:
+        raise RuntimeError("CUDA error: out of memory")
     memory = torch.empty(*given, **options)
     memory.pinned_for = here.device
     return memory

@@ -57,7 +57,7 @@ class Gpu:
         self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
         self.engine = 0
-        self.pins = 1 << 40  # bytes that may be page-locked
+        self.pins, self.locks = 1 << 40, True  # bytes that may be page-locked
         self.default = Stream(self.index, self)
 
     def pinned(self):

@@ -163,8 +163,9 @@ def open_on(export, twin, host_slots=EXPERTS, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "make_plan", plan)
-        patch.setattr(loading, "stored_bandwidths", lambda path: measured())
-        patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a test"))
+        patch.setattr(loading, "stored_bandwidths", lambda path, gpu: measured())
+        chosen = twin, "a test"
+        patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted, notify: chosen)
         return Runtime.open(export, context=256, threads=1, **options)
 
 

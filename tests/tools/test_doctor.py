@@ -41,20 +41,6 @@ def test_missing_kernels(report, monkeypatch, tmp_path):
     assert checks["kernels"]["advice"].startswith("install slotmoe again")
 
 
-def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564, 570.86'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    for torch, state in (("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")):
-        there = {"torch": torch}
-        monkeypatch.setattr(metadata, "version", lambda name, there=there: there.get(name, "1"))
-        code, checks = report()
-        assert (code == 1, checks["GPU"]["state"]) == (state == "bad", state)
-    found = checks["GPU"]["found"]
-    assert found.startswith("NVIDIA GeForce RTX 4090, 24.0 GiB, driver 570.86; ")
-
-
 def test_cache_and_disk(report, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "file" / "folder"))

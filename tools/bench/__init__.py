@@ -66,7 +66,8 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
     if calibrate:
         figures = calibration(closed, report)
         (path := cache_folder() / "machine.json").unlink(missing_ok=True)  # of another day
-        store_bandwidths(path, **figures)
+        gpu = None if report["link"] is None else report["settings"]["device"]
+        store_bandwidths(path, gpu, **figures)
     given = {key: value for key, value in options.items() if value is not None}
     report["settings"] = {"model": model, **given, **report["settings"]}
     print(json_of(report)) if as_json else _print(report)

@@ -60,7 +60,7 @@ def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Jso
     latency = measure.disk_latency(lasting.export)
     rates = {"ram": ram, "disk": sum(disk), **report["bandwidths"]}
     report["bandwidths"] = {**rates, "disk_latency": latency}
-    known = stored_bandwidths(cache_folder() / "machine.json")
+    known = stored_bandwidths(cache_folder() / "machine.json", lasting.gpu)
     setting = lasting.setting(known.updated("measured", latency=latency, **rates))
     tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
     report["verdict"] = verdict(report, setting)

@@ -1,0 +1,141 @@
+"""A GPU that is visible and not used: each command says so in one line, why, and what mends it.
+There is no GPU: ``nvidia-smi``, torch's answers and the C compiler are faked."""
+
+import io
+import json
+import re
+import sys
+import sysconfig
+from functools import partial
+
+import pytest
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload import machine, runtime
+from slotmoe.offload.devices.cuda import gpu_report
+from tests.support.kernels import native
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and used"),
+    pytest.mark.skipif(sys.platform != "linux", reason="its programs are scripts"),
+    pytest.mark.skipif(native is None, reason="without kernels of its own the CPU is slower"),
+]
+OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your"
+WAYS = {  # torch's answers, the compiler's script, and what is said
+    "driver": (OLD, (), None, "too old .*; pip install .*'torch<2.11', .* fits driver 550.54.14;"),
+    "capability": ("", (7, 5), None, "capability is 7.5, slotmoe's kernels need 8.0; the CPU"),
+    "older": ("", (6, 1), None, "capability is 6.1, torch and slotmoe need 7.0; the CPU"),
+    "compiler": ("", (8, 9), "", "Triton finds no C compiler .*; apt install gcc, or set CC"),
+    "headers": ("", (8, 9), "true", r"Python's headers .*; apt install python3\.\d+-dev"),
+    "failing gcc": ("", (8, 9), "echo an error >&2; exit 1", "fails .an error.; apt install"),
+    "no CUDA": (None, (), None, "was built without CUDA; pip install .*'torch<2.11'"),
+}
+COMMANDS = {
+    "run": ("run", "sample", "Call me"),
+    "chat": ("chat", "sample"),
+    "serve": ("serve", "sample", "--port", "0"),
+    "profile": ("profile", "sample"),
+    "bench": ("bench", "sample"),
+    "doctor": ("doctor",),
+    "plan": ("plan", "v2-lite"),
+}
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a program on the path, before others."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def write(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def seen(program):
+    return partial(program, "nvidia-smi", "echo 'NVIDIA RTX, 24564, 550.54.14'")
+
+
+@pytest.fixture
+def there(seen, program, monkeypatch, tmp_path):
+    """Fakes one of ``WAYS``."""
+
+    def fake(way):
+        problem, capability, compiler, told = WAYS[way]
+        seen()
+
+        def init():
+            if problem:
+                raise RuntimeError(problem)
+
+        answers = {
+            "init": init,
+            "device_count": lambda: 1,
+            "get_arch_list": lambda: ["sm_75", "sm_80"],
+        }
+        answers["get_device_name"] = lambda index: "NVIDIA RTX"
+        answers["get_device_capability"] = lambda index: capability
+        if problem is not None:
+            monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+            monkeypatch.setattr(torch.version, "cuda", "13.2")
+            for name, answer in answers.items():
+                monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.delenv("CC", raising=False)
+        if compiler == "":
+            monkeypatch.setenv("PATH", str(tmp_path))
+            (tmp_path / "sh").symlink_to("/bin/sh")
+        elif compiler is not None:
+            monkeypatch.setenv("CC", program("cc", compiler))
+        if way == "headers":
+            monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"})
+        return told
+
+    return fake
+
+
+def refuse(*_, **__):
+    raise ConfigError("opened")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_each_command_says_why(there, slotmoe, monkeypatch, way, command):
+    """Models are not opened; ``doctor`` and ``plan`` ask in this process."""
+    told = there(way)
+    monkeypatch.setattr(runtime, "open_model", refuse)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(machine, "ask_gpu", gpu_report)
+    _, out, err = slotmoe(*COMMANDS[command])
+    said = " ".join(re.sub(r"\s+->", ";", out + err).split())
+    assert said.count("not used: ") == 1 and re.search(f"NVIDIA RTX.* not used: .*{told}", said)
+
+
+def test_doctor_and_plan_ask_in_a_process_of_their_own(seen, program, slotmoe, monkeypatch):
+    """Torch as it is here; one that crashes is a sentence, and so is memory that nobody tells."""
+    seen()
+    assert "was built without CUDA" in slotmoe("doctor")[1]
+    program("nvidia-smi", "echo 'NVIDIA GB10, [N/A], 580.95'")
+    for script, told in (("kill -SEGV $$", "ends with -11"), ("echo a fault >&2; exit 1", "fault")):
+        monkeypatch.setattr(sys, "executable", program("python", script))
+        for command in (("doctor",), ("plan", "v2-lite")):
+            _, out, _ = slotmoe(*command)
+            asked = rf"NVIDIA GB10.* not used: torch can't be asked about it \(.*{told}\)"
+            assert re.search(asked, " ".join(out.split()))
+    assert "memory that its driver does not tell" in slotmoe("doctor")[1]
+    found = {"name": "NVIDIA GB10", "reason": "", "free": 100 << 30}
+    monkeypatch.setattr(machine, "ask_gpu", lambda index: found)
+    assert "ok  GPU        NVIDIA GB10, memory that" in slotmoe("doctor")[1]
+    report = json.loads(slotmoe("plan", "v2-lite", "--json")[1])
+    assert (report["gpu"], report["budget"]["vram"]) == ("NVIDIA GB10", 90 << 30)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "not used" not in slotmoe("plan", "v2-lite")[1]
+
+
+@pytest.mark.parametrize("name", ["t4", "RTX 2080 Ti", "v100", "gtx-1080"])
+def test_plan_refuses_cards_that_no_kernel_serves(slotmoe, name):
+    code, _, err = slotmoe("plan", "v2-lite", "--gpu", name)
+    assert code == 2 and "kernels need 8.0: run takes the CPU beside it; plan that with" in err
