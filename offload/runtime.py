@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from slotmoe.errors import CLOSED, ConfigError, PlanError, check_types, informs
+from slotmoe.errors import CLOSED, ConfigError, PromptError, check_types, informs
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Stops, Token
 from slotmoe.model.sampling import Sampling
@@ -175,13 +175,14 @@ class Runtime(AbstractContextManager["Runtime"]):
         return self.tokenizer.encode(self.tokenizer.chat([message]) if chat else text)
 
     def check_length(self, characters: int) -> None:
-        """Raise ``PlanError`` where no context can hold a text of so many ``characters``; to find
+        """Raise ``PromptError`` where no context can hold a text of so many ``characters``; to find
         out how many tokens a long text has takes seconds and memory."""
         context, longest = self.context, self.tokenizer.longest
         if characters > context * longest:
             held = f"the context holds {context} tokens of at most {longest} characters"
             advice = or_more_context("shorten the prompt", self.config, context)
-            raise PlanError(f"the prompt has {characters} characters, and {held}; {advice}")
+            problem = f"the prompt has {characters} characters, and {held}; {advice}"
+            raise PromptError(problem, -(-characters // longest))
 
     def generate(
         self,
@@ -323,7 +324,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         if room < (0 if count == 0 else 1):
             advice = or_more_context("shorten the prompt", self.config, context)
             held = f"the context holds {context}: {advice}"
-            raise PlanError(f"the prompt has {len(ids)} tokens and {held}")
+            raise PromptError(f"the prompt has {len(ids)} tokens and {held}", len(ids))
         return ids, room if count is None else min(count, room)
 
     def keep_in(

@@ -79,6 +79,14 @@ class PlanError(SlotmoeError):
     """A request that can't fit: budgets, context or prompt length."""
 
 
+class PromptError(PlanError):
+    """A prompt that the context can't hold, of so many ``tokens`` at least."""
+
+    def __init__(self, message: str, tokens: int):
+        super().__init__(message)
+        self.tokens = tokens
+
+
 class DeviceError(SlotmoeError):
     """A GPU that failed at work, or whose memory another program took.  (Exit code 1.)"""
 

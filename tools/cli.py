@@ -21,6 +21,7 @@ _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
     "chat": "Talk to a model, with history, commands and formatted answers.",
     "serve": "Serve a model over HTTP: OpenAI's, Anthropic's and Ollama's APIs, and a page.",
+    "launch": "Start Claude Code or Codex with a model that is served for it.",
     "quantize": "Turn a checkpoint into a 4-bit export that loads fast.",
     "verify": "Check every checksum of an export.",
     "synth": "Write an export of a real geometry with random weights.",
@@ -33,6 +34,7 @@ _COMMANDS = {
     "doctor": "Say what this machine has, what is missing, and how to get it.",
 }
 _MODULES = dict.fromkeys(("list", "rm", "verify", "synth"), "exports")  # else the command's name
+_MODULES["launch"] = "serve"
 _START = """\
 Run DeepSeek-V2 models that are far larger than your GPU's memory, or your RAM.
 
@@ -56,6 +58,8 @@ class LazyGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if HELP_ALL in args:
             ctx.meta[HELP_ALL] = True
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
         return super().parse_args(ctx, ["--help" if arg == HELP_ALL else arg for arg in args])
 
     def list_commands(self, ctx: click.Context) -> list[str]:

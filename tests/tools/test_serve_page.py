@@ -246,7 +246,7 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page):
     page.say("Hello", 2)
     long = "word " * 600
     page.say(long, 2)
-    assert "the context holds 512" in page.texts("#notice")[0]
+    assert "(start with a larger --context, the model has 1024)" in page.texts("#notice")[0]
     assert page.evaluate("at('prompt').value") == long
     page.evaluate("at('prompt').value = ''")
     page.say("Hello again", 4)  # not a dead end

@@ -14,7 +14,7 @@ from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_options, open_runtime
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.screen import json_of
-from slotmoe.tools.tables import Console, byte_bars, table
+from slotmoe.tools.tables import Console, byte_bars, step_progress, table
 
 _COUNTS = ("prompt_tokens", "decode_tokens", "depth", "repetitions")
 
@@ -60,7 +60,9 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
         check(runtime.context, or_more_context(less, runtime.config, runtime.context))
         with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
-        report, closed = measure(runtime, **counts), Lasting(runtime.model)
+        steps = 3 * counts["repetitions"]
+        with step_progress(f"Measuring {model}", steps, quiet=as_json) as step:
+            report, closed = measure(runtime, **counts, step=step), Lasting(runtime.model)
         options["context"] = runtime.context
     compare_disk(closed, report["disk"])
     if calibrate:

@@ -25,6 +25,7 @@ from slotmoe.quant.export.layout import RecordLayout
 _TURNS = 25  # of each of a core's kernels: a second in all on two fast cores
 T = TypeVar("T")
 Ways = Mapping[str, Callable[[], T]]
+Step = Callable[[], object]
 _COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
 
 
@@ -35,8 +36,11 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def take_turns(ways: Ways[T], rounds: int, warm_up: bool = True) -> dict[str, list[T]]:
-    """What each way returned in each round; with ``warm_up``, after a round that isn't counted."""
+def take_turns(
+    ways: Ways[T], rounds: int, warm_up: bool = True, step: Step = lambda: None
+) -> dict[str, list[T]]:
+    """What each way returned in each round, ``step`` by step; with ``warm_up``, after a round that
+    isn't counted."""
     names, results = list(ways), {name: list[T]() for name in ways}
     if warm_up:
         for way in ways.values():
@@ -44,6 +48,7 @@ def take_turns(ways: Ways[T], rounds: int, warm_up: bool = True) -> dict[str, li
     for number in range(rounds):
         for name in names[::-1] if number % 2 else names:
             results[name].append(ways[name]())
+            step()
     return results
 
 
@@ -122,10 +127,16 @@ def _products(
 
 
 def measure(
-    runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int
+    runtime: Runtime,
+    prompt_tokens: int,
+    decode_tokens: int,
+    depth: int,
+    repetitions: int,
+    step: Step = lambda: None,
 ) -> dict[str, Any]:
     """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able
-    object.  ``compare_disk`` adds what takes memory beside the model's."""
+    object; ``step`` is called after each run of each of three kinds.  ``compare_disk`` adds what
+    takes memory beside the model's."""
     generator, moved = torch.Generator().manual_seed(0), Counter[str]()
 
     def ids(tokens: int) -> list[int]:
@@ -144,7 +155,7 @@ def measure(
     prefill_seconds(runtime, ids(8))  # first-use costs: thread pools, page faults of scratch memory
     ways: dict[str, Callable[[], float]] = {"prefill": prefill, "decode": decode}
     ways["bandwidth"] = partial(observed.read_bandwidth, runtime.model)
-    runs = take_turns(ways, repetitions, warm_up=False)
+    runs = take_turns(ways, repetitions, warm_up=False, step=step)
     components = _components(runtime, ids(decode_tokens), depth)
     touched = observed.bytes_per_token(runtime.model, depth + decode_tokens // 2)
     speed, bandwidth = median(runs["decode"]), median(runs["bandwidth"])

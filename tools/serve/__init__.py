@@ -2,20 +2,28 @@
 
 import gc
 import ipaddress
+import json
 import os
 import re
+import secrets
+import shutil
+import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.signals import Stopping, leave_after
+from slotmoe.offload.model_cache import SAMPLE, locate, short_name
+from slotmoe.signals import Stopping, leave, leave_after
 from slotmoe.sizes import parse_size
 from slotmoe.system import allow_open_files
 from slotmoe.tools import options
@@ -43,6 +51,9 @@ _HOST = r"[a-zA-Z0-9_.-]+(:[0-9]+)?"
 _HOST_FORM = "name of a host; expected NAME or NAME:PORT, without a scheme or a path"
 _ORIGIN = r"\*|[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+"
 _ORIGIN_FORM = "origin; expected SCHEME://HOST, with :PORT where there is one, and no path"
+# Of ``slotmoe launch``: a first prompt may have 29,000 tokens, and a history has pictures.
+_LAUNCHED = {"port": 0, "context": 65536, "max_sequences": 2, "max_body": "32MiB", "no_log": True}
+_CLIENT = click.Choice(["claude", "codex"])
 _GIVE_KEY = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
@@ -76,7 +87,7 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @options.sampling_options
 @flag("--no-log", "Write no line about each request.")
 @options.runtime_options
-def command(model: str, host: str, port: int, names: tuple[str, ...], **given: Any) -> int:
+def command(model: str, **given: Any) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models
     (OpenAI), /v1/messages (Anthropic), /api/chat, /api/generate (Ollama), /tokenize, /health,
     /metrics (Prometheus), and at / a page to chat with it.
@@ -94,6 +105,18 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
       slotmoe serve lite --session-dir sessions --session-limit 20GiB
       SLOTMOE_API_KEY=secret slotmoe serve lite --host 0.0.0.0 --allow-host box.local
     """
+    return _serve(model, **given)
+
+
+def _serve(
+    model: str,
+    host: str,
+    port: int,
+    names: tuple[str, ...],
+    start: "Callable[..., subprocess.Popen[bytes]] | None" = None,
+    **given: Any,
+) -> int:
+    """The exit code, of the client that ``start`` starts if there is one: it ends the server."""
     options.require_extra("serve", *_LIBRARIES)
     sequences, queue = given["max_sequences"], given["max_queue"]
     keys = _keys(given["api_keys"], given["api_key_file"])
@@ -112,7 +135,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         if folder is not None:
             runtime.keep_in(folder, limit, options.say)
         if not {*names} - {"*"}:
-            names = (Path(model).resolve().name if Path(model).exists() else model, *names)
+            names = (_name(model), *names)
         sampling = {name: given[name] for name in options.OWN}
         edge = keys, hosts, parse_size(given["max_body"]), not given["no_log"], origins, sampling
         server, service = make_server(runtime, names, sequences, queue, *edge)
@@ -120,19 +143,75 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         options.say(f"{service.name} is ready at {url}, {_READY}")
 
+        client = start and start(url=url, model=service.name, context=runtime.context)
+
         def stop(number: int) -> None:
+            if client is not None and number == signal.SIGINT:
+                return  # it gets the same signal, and may go on
             leave_after(_GRACE_SECONDS + _LAST_SECONDS, number)
             service.stop()
             server.should_exit = True
 
-        with Stopping(stop) as stopping:
+        def follow(client: "subprocess.Popen[bytes]") -> None:
+            client.wait()
+            server.should_exit = True
+
+        if client is not None:
+            Thread(target=follow, args=(client,), daemon=True).start()
+        with Stopping(stop, once=client is None) as stopping:
             server.run(sockets=[listener])
         problem = service.engine.problem
-    stopping.check()
+    if client is not None:
+        client.terminate()
+        return client.wait() if client.wait() >= 0 else 128 - client.wait()
+    if stopping.number:
+        leave(stopping.number)  # all is closed, and Python's own end takes longer
     if problem is None:
         return 0
     options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return 1
+
+
+@click.command(
+    name="launch",
+    cls=options.Command,
+    params=[
+        click.Argument(["client"], type=_CLIENT),
+        *command.params,
+        click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED),
+    ],
+    context_settings={"default_map": _LAUNCHED},
+)
+def launch(client: str, model: str, arguments: tuple[str, ...], **given: Any) -> int:
+    """Serve MODEL on this machine to CLIENT, Claude Code (claude) or Codex (codex), and start it
+    with ARGUMENTS. When it ends, the server ends; the exit code is the client's.
+
+    \b
+    Examples:
+      slotmoe launch claude v2-chat --ram 16GiB
+      slotmoe launch codex v2-chat --ram 16GiB --session-dir sessions -- exec "Fix the test."
+    """
+    told = json.loads((Path(__file__).parent / "clients.json").read_text(encoding="utf-8"))[client]
+    if (program := shutil.which(client)) is None:
+        raise ConfigError(f"{client} is not installed here: npm install -g {told['package']}")
+    key = (given["api_keys"] or (secrets.token_urlsafe(),))[0]
+
+    def start(**about: object) -> "subprocess.Popen[bytes]":
+        fill = partial(str.format, key=key, **about)
+        variables = {name: fill(text) for name, text in told["variables"].items()}
+        pairs = [f"{name}={fill(text)}" for name, text in told["settings"].items()]
+        settings = [word for pair in pairs for word in ("-c", pair)]
+        return subprocess.Popen([program, *settings, *arguments], env={**os.environ, **variables})
+
+    return _serve(model, **given | {"api_keys": (key,), "start": start})
+
+
+def _name(model: str) -> str:
+    """What clients call it: the folder's or the export's name, or the hub id."""
+    path = locate(model)
+    if path is None or path == SAMPLE:
+        return model
+    return path.resolve().name if Path(model).exists() else short_name(path)
 
 
 def make_server(

@@ -281,10 +281,16 @@ class Usage(NamedTuple):
 
 
 async def chat_answers(
-    service: Service, request: Request, chat: Conversation, options: AnswerOptions
+    service: Service,
+    request: Request,
+    chat: Conversation,
+    options: AnswerOptions,
+    can_call: bool = True,
 ) -> Answers:
-    """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
+    """The answers to a conversation, which call no function unless they ``can_call``.  Raises
+    ``RefusedError`` and ``ConfigError``."""
     text, reasoning = await service.chat_text(chat), service.tokenizer.reasoning
+    chat = chat if can_call else replace(chat, policy=None)
     is_thinking = None if reasoning is None else reasoning.is_begun(text)
     grammar = await service.grammar(chat.wanted, chat.policy, is_thinking)
     prompt = await service.prepare(service.encode, text)

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from xml.sax.saxutils import quoteattr
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -87,7 +87,7 @@ class Block(requests.Fields):
     source: Text | DocumentSource | None = None
     title: Text | None = None
     context: Text | None = None
-    content: "Content | None" = None
+    content: "Result | None" = None
     tool_name: requests.Name | None = None
     tool: requests.FunctionName | None = None
     id: requests.CallId | None = None
@@ -137,6 +137,7 @@ class Block(requests.Fields):
 
 
 Content = TextOr[Text, list[Block]]
+Result = TextOr[Text, list[Annotated[Block, BeforeValidator(requests.readable)]]]
 
 
 def read(content: str | Iterable[Block] | None, offer: Offer, kinds: str = "") -> str:
@@ -179,10 +180,6 @@ class Turn(requests.Fields):
         return [*messages, said] if is_needed else messages
 
 
-class Thinking(requests.Fields):
-    type: Literal["disabled", "enabled", "adaptive", "between_tools"]
-
-
 class OutputFormat(requests.Fields):
     type: Literal["json_schema"]
     definition: Annotated[Json, Field(alias="schema")]
@@ -206,7 +203,7 @@ class CountRequest(requests.Fields):
     system: Content | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=requests.MAX_TOOLS)] | None = None
     tool_choice: Json | None = None
-    thinking: Thinking | None = Field(None, description="its `type` switches reasoning")
+    thinking: requests.Thinking | None = Field(None, description="its `type` switches reasoning")
     output_config: OutputConfig | None = Field(None, description="its `format` is a JSON schema")
 
     def chat(self) -> requests.Conversation:
@@ -223,8 +220,8 @@ class CountRequest(requests.Fields):
         told = "".join(text for text in system if not text.startswith(_BILLING))
         continues = self.messages[-1].role == "assistant"
         output = self.output_config or OutputConfig.model_construct()
-        efforts, form = {"disabled": "none", "enabled": output.effort or "high"}, output.format
-        effort = efforts.get(self.thinking.type) if self.thinking is not None else None
+        form = output.format
+        effort = self.thinking.effort(output.effort) if self.thinking is not None else None
         if continues and form is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")

@@ -67,7 +67,7 @@ def metrics(service: Serving) -> Response:
     return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
 
 
-class TokenizeRequest(requests.Templated):
+class TokenizeRequest(openai.Templated):
     """In vLLM's form: of ``prompt``, or of ``messages`` as the model reads them."""
 
     model: requests.Label | None = None
@@ -107,7 +107,7 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
     return JSONResponse({"prompt": text, "content": text})
 
 
-class TemplateRequest(requests.Templated):
+class TemplateRequest(openai.Templated):
     model: requests.Label | None = None
     messages: requests.Messages
 

@@ -1,5 +1,6 @@
 """Refusals, in the error envelope of the API that was called."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, PromptError
 from slotmoe.jsonfile import Json
 
 ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api"
@@ -64,6 +65,21 @@ _WORDS = {
     "union_tag_invalid": "has the unknown {discriminator} '{tag}', expected {expected_tags}",
     "union_tag_not_found": "has no {discriminator}",
 }
+# The sentences by which the clients of an API know that they have to shorten a conversation.
+_TOO_LONG = {
+    ANTHROPIC_PATH: "prompt is too long: {tokens} tokens > {context} maximum",
+    "/v1/responses": "Your input exceeds the context window of this model. Please adjust your "
+    "input and try again. It has {tokens} tokens, the context holds {context}.",
+    "/v1/chat": "This model's maximum context length is {context} tokens. However, your messages "
+    "resulted in {tokens} tokens. Please reduce the length of the messages.",
+}
+# Why the paths are not served in which this is found.
+_ROUTES = "/openapi.json lists what is"
+_UNSERVED = {
+    "embed|rerank|score": "the model writes text, it gives no embeddings and scores",
+    "audio|image|video|realtime": "the model reads and writes text",
+    "/api/(pull|push|create|copy|delete|blobs)": "slotmoe run and rm fetch and remove models",
+}
 _MAX_PLACE = 300  # characters of a field's place that are repeated
 
 
@@ -75,16 +91,32 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
     elif isinstance(problem, ConfigError):
         refusal = RefusedError(str(problem))
     elif isinstance(problem, PlanError):
-        refusal = RefusedError(str(problem), code="context_length_exceeded")
+        told = _too_long(request, problem) if isinstance(problem, PromptError) else str(problem)
+        refusal = RefusedError(told, code="context_length_exceeded")
     elif isinstance(problem, HTTPException):  # its headers say which methods are allowed
-        status, headers = problem.status_code, problem.headers
-        refusal = RefusedError(str(problem.detail), status=status, headers=headers)
+        status, headers, told = problem.status_code, problem.headers, str(problem.detail)
+        if status == 404:
+            path = request.url.path
+            why = next((why for kind, why in _UNSERVED.items() if re.search(kind, path)), _ROUTES)
+            told = f"{path[:100]!r} is not served here: {why}"
+        refusal = RefusedError(told, status=status, headers=headers)
     else:
         refusal = RefusedError("the server failed; its log says how", status=500)
     return JSONResponse(error_body(request.url.path, refusal), refusal.status, refusal.headers)
 
 
 HANDLED = (Exception, RefusedError, RequestValidationError, ConfigError, PlanError, HTTPException)
+
+
+def _too_long(request: Request, problem: PromptError) -> str:
+    """In the words of the API, with what the model has where that is more."""
+    runtime, path = request.app.state.service.runtime, request.url.path
+    told = next((text for begin, text in _TOO_LONG.items() if path.startswith(begin)), None)
+    if told is None:
+        return str(problem)
+    context, limit = runtime.context, runtime.config.max_position_embeddings
+    more = f" (start with a larger --context, the model has {limit})" * (context < limit)
+    return told.format(tokens=problem.tokens, context=context) + more
 
 
 def _invalid(problem: RequestValidationError) -> RefusedError:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_VALUES = 1 << 18  # in one body; the longest prompt of DeepSeek-V2 has 163,840 token ids
 MAX_KEYS = 1 << 16  # of all objects in one body
+READING_SECONDS = 1.0, 10.0  # until the log tells of a prompt that is read, and tells again
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
 DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
 _UNREAD = 16  # times the largest body are read and dropped of a body that is larger
@@ -59,7 +60,8 @@ class Log:
 
     Each response has ``x-request-id`` (the request's own, if that has a usable one), and where
     keywords of schemas were left out ``x-slotmoe-relaxed``.  HEAD is answered wherever GET is.  If
-    ``is_written``, each request is a line on stderr; nothing of its content or its key is in it.
+    ``is_written``, each request is a line on stderr, and one more every few seconds while its
+    prompt is read; nothing of its content or its key is in it.
     So is each name of a field that no request has, the first time that it is ignored.
     """
 
@@ -90,6 +92,14 @@ class Log:
         began, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
         ignored.set(self.ignore)
+        loop, told = asyncio.get_running_loop(), list[asyncio.TimerHandle]()
+
+        def tell() -> None:
+            if line := _reading(scope, id_):
+                self._write(partial(str, line))
+            told[:] = [loop.call_later(READING_SECONDS[1], tell)]
+
+        told.append(loop.call_later(READING_SECONDS[0], tell))
         given = Headers(scope=scope).get("x-request-id", "")
         id_ = given if _CLIENTS_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
@@ -108,6 +118,7 @@ class Log:
         try:
             await self._app(inner, receive, send_with_headers)
         finally:
+            told[0].cancel()
             if not (scope["path"] in _POLLED and status == 200):
                 self._write(partial(_line, scope, status, time.monotonic() - began, id_))
 
@@ -118,10 +129,25 @@ def _relaxed(state: Json) -> str:
     return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
 
 
+def _reading(scope: Scope, id_: str) -> str:
+    """``POST /api/chat reads, 2048 of 29000 tokens so far, req_7``; empty where nothing is read."""
+    answers: Answers | None = scope["state"].get("answers")
+    jobs = [job for job in answers.jobs if not job.first_token] if answers is not None else []
+    if not jobs:
+        return ""
+    state = "reads" if any(job.started for job in jobs) else "waits"
+    read, tokens = sum(job.read for job in jobs), sum(len(job.prompt) for job in jobs)
+    return f"{_asked(scope)} {state}, {read} of {tokens} tokens so far, {id_}"
+
+
+def _asked(scope: Scope) -> str:
+    return f"{scope['method']} {ascii(scope['path'][:100])[1:-1]}"
+
+
 def _line(scope: Scope, status: int, seconds: float, id_: str) -> str:
     """``POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop, req_7``"""
-    path, state = ascii(scope["path"][:100])[1:-1], scope["state"]
-    line = f"{scope['method']} {path} {status or 'no answer'} in {seconds:.1f} s"
+    state = scope["state"]
+    line = f"{_asked(scope)} {status or 'no answer'} in {seconds:.1f} s"
     answers: Answers | None = state.get("answers")
     if answers is not None:
         usage = answers.usage()

@@ -125,7 +125,39 @@ class OpenAIRequest(requests.GenerationRequest):
         return outputs.wanted(given[0])
 
 
-class ChatRequest(OpenAIRequest, requests.Templated):
+class Templated(requests.Fields):
+    """A conversation, and how the chat template writes it."""
+
+    messages: requests.Messages | None = None
+    tools: requests.Tools | None = None
+    add_generation_prompt: bool | None = Field(None, description="if false, no answer is begun")
+    continue_final_message: bool | None = Field(None, description="the answer goes on with it")
+    chat_template_kwargs: Json | None = Field(None, description="variables of the template")
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: requests.Label | None = Field(None, description=requests.EFFORT)
+    thinking: requests.Thinking | None = Field(None, description="its `type` switches reasoning")
+
+    def conversation(self, wanted: requests.Rule | None = None) -> requests.Conversation:
+        """Raises ``RefusedError``."""
+        functions = [tool.function for tool in self.tools or ()]
+        policy = requests.tool_policy(functions, self.tool_choice, self.parallel_tool_calls)
+        messages, extra = self.messages or [], dict(self.chat_template_kwargs or {})
+        name = "continue_final_message" if self.continue_final_message else "prefix"
+        continues = bool(self.continue_final_message or (messages and messages[-1].prefix))
+        if continues and self.add_generation_prompt:
+            raise RefusedError(f"give add_generation_prompt or {name}, not both", name)
+        told = [message.message for message in messages]
+        if continues and (told[-1].role != "assistant" or told[-1].calls):
+            raise RefusedError(f"{name}: the last message is no text of the assistant", name)
+        if self.add_generation_prompt is False and not continues:
+            extra["add_generation_prompt"] = False
+        effort = self.reasoning_effort
+        effort = effort if self.thinking is None else self.thinking.effort(effort) or effort
+        return requests.Conversation(told, policy, wanted, effort, continues, extra)
+
+
+class ChatRequest(OpenAIRequest, Templated):
     """``/v1/chat/completions``."""
 
     refused: ClassVar = {

@@ -4,6 +4,7 @@ A field that the server honours is checked.  One that it knows, and that would c
 it were ignored, is refused.  Every other is ignored; docs/api-fields.md has the table.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
@@ -63,6 +64,7 @@ CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
 Source = Annotated[str, Field(min_length=1, max_length=1 << 14)]  # of a grammar
+Description = Annotated[str, Field(max_length=1 << 16)]
 T = TypeVar("T")
 L = TypeVar("L")
 TextOr = Annotated[
@@ -209,6 +211,20 @@ class TextPart(Fields):
 Content: TypeAlias = TextOr[Text, list[TextPart]]
 
 
+def readable(part: object) -> object:
+    """A part of a tool's result, or what is said in place of one that no model here reads: the
+    result is sent again with each later request."""
+    match part:
+        case {"type": "document", "source": {"type": "text" | "content"}}:
+            return part
+        case {"type": str(kind)} if found := re.search("image|audio|file|document", kind):
+            return {"type": "text", "text": f"[{found[0]} left out: this model reads text]"}
+    return part
+
+
+Result: TypeAlias = TextOr[Text, list[Annotated[TextPart, BeforeValidator(readable)]]]
+
+
 def text_of(content: str | Iterable[TextPart] | None) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content or ())
 
@@ -242,6 +258,16 @@ EFFORT = "`none` switches reasoning off; DeepSeek-V4 also has `max`"
 REMINDER = "latest_reminder"  # the role of messages that DeepSeek-V4 alone knows
 
 
+class Thinking(Fields):
+    """Anthropic's and DeepSeek's switch of reasoning."""
+
+    type: Literal["disabled", "enabled", "adaptive", "between_tools"]
+
+    def effort(self, wanted: str | None) -> str | None:
+        """With the effort that is ``wanted`` beside it."""
+        return {"disabled": "none", "enabled": wanted or "high"}.get(self.type)
+
+
 class CalledFunction(Fields):
     name: Name
     arguments: Text  # JSON
@@ -269,6 +295,15 @@ class ChatMessage(Fields):
     name: Label | None = None
     reasoning_content: Text | None = Field(None, description="where the template uses it")
     reasoning: Text | None = Field(None, description="`reasoning_content` by another name")
+    prefix: bool | None = Field(None, description="of the last: the answer goes on with it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, message: object) -> object:
+        match message:
+            case {"role": "tool", "content": [*parts]}:
+                return {**message, "content": [*map(readable, parts)]}
+        return message
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ChatMessage":
@@ -306,7 +341,7 @@ class Function(Fields):
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
     name: Name
-    description: Annotated[str, Field(max_length=1 << 16)] | None = None
+    description: Description | None = None
     parameters: Json | None = None
     strict: bool | None = None  # no keyword of the schema may be relaxed
 
@@ -351,7 +386,7 @@ def tool_policy(
     match choice:
         case None | "none" | "auto" | "required":
             mode = str(choice or "auto")
-        case {"function": {"name": name}} | {"type": "function" | "tool", "name": name}:
+        case {"function": {"name": name}} | {"type": "function" | "tool" | "custom", "name": name}:
             chosen, mode, single = [name], "required", True
         case {
             "type": "allowed_tools",
@@ -376,6 +411,8 @@ def tool_policy(
         raise RefusedError(f"{name} can only be given with tools", name)
     if not functions or mode == "none":
         return None
+    if len(functions) > MAX_TOOLS:
+        raise RefusedError(f"tools has more than {MAX_TOOLS} items", "tools")
     names = set[str]()
     for function in functions:
         if function.name in names:
@@ -407,31 +444,3 @@ class Conversation:
     effort: str | None = None
     continues: bool = False
     extra: Json | None = None
-
-
-class Templated(Fields):
-    """A conversation, and how the chat template writes it."""
-
-    messages: Messages | None = None
-    tools: Tools | None = None
-    add_generation_prompt: bool | None = Field(None, description="if false, no answer is begun")
-    continue_final_message: bool | None = Field(None, description="the answer goes on with it")
-    chat_template_kwargs: Json | None = Field(None, description="variables of the template")
-    tool_choice: object = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: Label | None = Field(None, description=EFFORT)
-
-    def conversation(self, wanted: Rule | None = None) -> Conversation:
-        """Raises ``RefusedError``."""
-        functions = [tool.function for tool in self.tools or ()]
-        policy = tool_policy(functions, self.tool_choice, self.parallel_tool_calls)
-        messages, extra = self.messages or [], dict(self.chat_template_kwargs or {})
-        continues, name = bool(self.continue_final_message), "continue_final_message"
-        if continues and self.add_generation_prompt:
-            raise RefusedError(f"give add_generation_prompt or {name}, not both", name)
-        told = [message.message for message in messages]
-        if continues and (told[-1].role != "assistant" or told[-1].calls):
-            raise RefusedError(f"{name}: the last message is no text of the assistant", name)
-        if self.add_generation_prompt is False and not continues:
-            extra["add_generation_prompt"] = False
-        return Conversation(told, policy, wanted, self.reasoning_effort, continues, extra)

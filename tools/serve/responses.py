@@ -1,16 +1,19 @@
 """OpenAI's responses: ``/v1/responses``.  Its items become messages of a conversation; its events
 tell what an answer's updates add to items.  Nothing is stored.
 
-Tools that only OpenAI runs are not offered to the model.
+The model is offered functions: a tool that takes text is one of one argument, and one of a
+namespace has both names.  Tools that only OpenAI runs are left out, which the answer's header says.
 """
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -18,7 +21,7 @@ from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.formats import ContentDelta
+from slotmoe.tools.serve.formats import ContentDelta, parse_arguments
 from slotmoe.tools.serve.requests import Call, Count, Label, Message, TextOr, text_of
 from slotmoe.tools.serve.service import Serving
 
@@ -27,6 +30,13 @@ router = APIRouter()
 _STATELESS = "nothing is stored here; send the whole conversation as input"
 _REPEATED = "the response repeats it"
 _SCORES = "message.output_text.logprobs"
+_COMPACTED = "slotmoe: "  # what is behind it is a summary that this server wrote
+_BEFORE = "A summary of what was before, in place of it:\n"
+_SUMMARIZE = (
+    "Summarize this conversation for a model that goes on with it and reads nothing but your "
+    "summary: what is wanted, what was done and found, what is left. Write the summary alone."
+)
+_USER = {"type": "message", "role": "user", "status": "completed"}
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
 _OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
@@ -40,34 +50,82 @@ class Item(requests.Fields):
     """Which fields it needs depends on its type."""
 
     inside = "input"
-    refused: ClassVar = {"namespace": "functions have no namespaces here"}
     type: Label = "message"
     role: Literal["user", "assistant", "system", "developer", "latest_reminder"] | None = None
     content: requests.Content | None = None
     call_id: requests.CallId | None = None
-    name: requests.Name | None = None
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,258}$")] | None = None
     arguments: requests.Text | None = None
-    output: requests.Content | None = None
+    output: requests.Result | None = None
+    encrypted_content: requests.Text | None = None
 
 
-def _typed(item: object) -> object:
-    """An item without a type is a message."""
-    return {**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item
+def _known(item: object) -> object:
+    """An item in the words of functions: as it is to the model.  Without a type it is a message."""
+    if not isinstance(item, dict):
+        return item
+    match item:
+        case {"type": "custom_tool_call", "input": str(text)}:
+            item = {**item, "type": "function_call", "arguments": json.dumps({"input": text})}
+        case {"type": "custom_tool_call_output"}:
+            item = {**item, "type": "function_call_output"}
+    match item:
+        case {"namespace": str(namespace), "name": str(name)}:
+            item = {**item, "name": f"{namespace}__{name}"}
+    return {**item, "type": item.get("type") or "message"}
 
 
-class FunctionItem(requests.Function):
-    type: Literal["function"]
+class ClientTool(requests.Function):
+    """A function, or what takes a text: to the model a function of one argument."""
+
+    type: Literal["function", "custom"]
+    format: Json | None = None  # of the text
+    _namespace: str | None = None
+
+    @property
+    def known(self) -> requests.Function:
+        """As the model knows it."""
+        space = "" if self._namespace is None else f"{self._namespace}__"
+        known = self.model_copy(update={"name": space + self.name})
+        if self.type == "custom":
+            rules = [str(value) for value in (self.format or {}).values()]
+            known.description = "\n".join([self.description or "", "`input` is its text.", *rules])
+            text = {"type": "object", "properties": {"input": {"type": "string"}}}
+            known.parameters = {**text, "required": ["input"], "additionalProperties": False}
+        return known
+
+    @property
+    def told(self) -> Json:
+        """Of a call, in the client's words."""
+        space = {} if self._namespace is None else {"namespace": self._namespace}
+        return {"name": self.name, **space}
 
 
 class OtherTool(requests.Fields):
     """A tool that OpenAI runs, or that its models alone were taught to use."""
 
     type: Literal[
-        "apply_patch", "code_interpreter", "computer", "computer_use_preview", "custom",
-        "file_search", "image_generation", "local_shell", "mcp", "namespace",
-        "programmatic_tool_calling", "shell", "tool_search", "web_search", "web_search_2025_08_26",
-        "web_search_preview", "web_search_preview_2025_03_11",
+        "apply_patch", "code_interpreter", "computer", "computer_use_preview", "file_search",
+        "image_generation", "local_shell", "mcp", "programmatic_tool_calling", "shell",
+        "tool_search", "web_search", "web_search_2025_08_26", "web_search_preview",
+        "web_search_preview_2025_03_11",
     ]  # fmt: skip
+
+
+class Namespace(requests.Fields):
+    type: Literal["namespace"]
+    name: requests.Name
+    description: requests.Description = ""
+    tools: list[ClientTool]
+
+    @model_validator(mode="after")
+    def _name_tools(self) -> "Namespace":
+        for tool in self.tools:
+            tool._namespace = self.name
+        return self
+
+
+Tool = Annotated[ClientTool | Namespace | OtherTool, Field(discriminator="type")]
 
 
 class TextConfig(requests.Fields):
@@ -94,17 +152,13 @@ class ResponsesRequest(requests.GenerationRequest):
     }
     model: Label | None = Field(None, description="the open one if null")  # type: ignore[assignment]
     input: TextOr[
-        requests.Text, Annotated[list[Annotated[Item, BeforeValidator(_typed)]], requests.SOME]
+        requests.Text, Annotated[list[Annotated[Item, BeforeValidator(_known)]], requests.SOME]
     ]
     instructions: requests.Text | None = None
     max_output_tokens: Count | None = None
-    tools: (
-        Annotated[
-            list[Annotated[FunctionItem | OtherTool, Field(discriminator="type")]],
-            Field(max_length=requests.MAX_TOOLS),
-        ]
-        | None
-    ) = Field(None, description="the model is offered functions only")
+    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = Field(
+        None, description="the model is offered those that the client runs"
+    )
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
@@ -119,15 +173,17 @@ class ResponsesRequest(requests.GenerationRequest):
     user: Label | None = Field(None, description=_REPEATED)
     max_tool_calls: Count | None = Field(None, description=_REPEATED)
 
-    def functions(self) -> list[FunctionItem]:
+    @property
+    def offered(self) -> list[ClientTool]:
         """The tools that the model may use."""
-        return [tool for tool in self.tools or () if isinstance(tool, FunctionItem)]
+        given = [(it.tools if isinstance(it, Namespace) else [it]) for it in self.tools or ()]
+        return [tool for tools in given for tool in tools if isinstance(tool, ClientTool)]
 
     def chat(self) -> requests.Conversation:
         """Raises ``RefusedError``."""
         given = self.input
         said = [Message("user", given)] if isinstance(given, str) else messages_of(given)
-        tools, choice = self.functions(), self.tool_choice
+        tools, choice = [tool.known for tool in self.offered], self.tool_choice
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
@@ -144,8 +200,8 @@ class ResponsesRequest(requests.GenerationRequest):
 
 
 def messages_of(items: list[Item]) -> list[Message]:
-    """A call is of the assistant's message before it, reasoning of the one behind it.  Raises
-    ``RefusedError`` for no message."""
+    """A call is of the assistant's message before it, reasoning of the one behind it.  A summary is
+    the user's.  Raises ``RefusedError`` for no message."""
     messages, thoughts = list[Message](), ""
     for item in items:
         match item:
@@ -153,7 +209,7 @@ def messages_of(items: list[Item]) -> list[Message]:
                 thoughts = text_of(item.content)
                 continue
             case Item(type="function_call_output", call_id=str(id_), output=str() | list()):
-                messages.append(Message("tool", text_of(item.output), call_id=id_, name=item.name))
+                messages.append(Message("tool", text_of(item.output), call_id=id_))
             case Item(type="message", role=str(role), content=str() | list()):
                 role = "system" if role == "developer" else role
                 messages.append(Message(role, text_of(item.content)))
@@ -161,6 +217,11 @@ def messages_of(items: list[Item]) -> list[Message]:
                 if not messages or messages[-1].role != "assistant":
                     messages.append(Message("assistant"))
                 messages[-1].calls.append(Call(id_, item.name or "", item.arguments or ""))
+            case Item(type="compaction" | "compaction_summary" | "context_compaction"):
+                ours, _, summary = (item.encrypted_content or "").partition(_COMPACTED)
+                if ours or not summary:
+                    summary = "[left out: only the server that wrote it can read it]"
+                messages.append(Message("user", f"{_BEFORE}{summary}"))
             case Item(type="item_reference"):
                 raise RefusedError(f"input: item_reference: {_STATELESS}", "input")
             case Item(type="message" | "function_call" | "function_call_output"):
@@ -180,6 +241,8 @@ def messages_of(items: list[Item]) -> list[Message]:
 async def create(body: ResponsesRequest, request: Request, service: Serving) -> Response:
     service.check_model(body.model)
     answers = await chat_answers(service, request, body.chat(), body.options())
+    left_out = sorted({tool.type for tool in body.tools or () if isinstance(tool, OtherTool)})
+    request.state.relaxed += [f"tools: {kind} is left out" for kind in left_out]
     draft = Draft(body, answers)
 
     async def events() -> AsyncIterator[str]:
@@ -200,6 +263,28 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
     for update in await answers.whole():
         list(draft.add(update))
     return answers.respond(draft.response)
+
+
+@router.post(f"{PATH}/compact")
+async def compact(body: ResponsesRequest, request: Request, service: Serving) -> Response:
+    """What the user said and a summary of all, to go on with instead.  The model reads of functions
+    as in the requests before, so that what it has read stays cached."""
+    service.check_model(body.model)
+    chat = body.chat()
+    asked = replace(chat, messages=[*chat.messages, Message("user", _SUMMARIZE)])
+    answers = await chat_answers(service, request, asked, body.options(), can_call=False)
+    (update,) = await answers.whole()
+    output: list[Json] = [
+        {**_USER, "content": [{"type": "input_text", "text": message.text}]}
+        for message in chat.messages
+        if message.role == "user"
+    ]
+    output.append({"type": "compaction", "encrypted_content": _COMPACTED + update.text})
+    for item in output:
+        item["id"] = f"item_{uuid.uuid4().hex}"
+    about: Json = {"id": f"resp_{uuid.uuid4().hex}", "object": "response.compaction"}
+    about |= {"created_at": int(time.time()), "usage": _usage(answers)}
+    return JSONResponse({**about, "output": output})
 
 
 @router.post(f"{PATH}/input_tokens")
@@ -224,8 +309,8 @@ class Draft:
         repeated = {*_ECHOED} - {"reasoning"}
         given = body.model_dump(by_alias=True, exclude_none=True, include=repeated)
         given = {name: value for name, value in given.items() if value or name != "text"}
-        names = {"type", "name", "description", "parameters", "strict"}
-        tools = [tool.model_dump(include=names) for tool in body.functions()]
+        tools = [tool.model_dump() for tool in body.tools or () if not isinstance(tool, OtherTool)]
+        self._tools = {tool.known.name: tool for tool in body.offered}
         self._events = 0
         self._answers, self._kind = answers, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
@@ -274,10 +359,12 @@ class Draft:
 
     def _open(self, delta: ContentDelta) -> Iterator[str]:
         self._kind, number = delta.kind, uuid.uuid4().hex
-        kind, prefix, self._name, begun, self._part = _ITEMS[delta.kind]
+        tool = self._tools.get(delta.name or "")
+        made = "custom" if tool is not None and tool.type == "custom" else delta.kind
+        kind, prefix, self._name, begun, self._part = _ITEMS[made]
         item: Json = {"id": f"{prefix}_{number}", "type": kind, "status": "in_progress", **begun}
-        if delta.name is not None:
-            item |= {"call_id": f"call_{number}", "name": delta.name, "arguments": ""}
+        if tool is not None:
+            item |= {"call_id": f"call_{number}", **tool.told}
         index = len(self._output)
         self._output.append(item)
         self._texts, self._scored = [], []
@@ -294,7 +381,8 @@ class Draft:
             scores["logprobs"] = self._answers.scores(coming)
             self._scored += coming
         self._coming = []
-        yield self.event(f"{self._name}.delta", **self._where, **scores, delta=text)
+        if self._name != _INPUT:  # which comes whole
+            yield self.event(f"{self._name}.delta", **self._where, **scores, delta=text)
 
     def _close(self, status: str = "completed") -> Iterator[str]:
         """End the item that is open, if one is."""
@@ -306,9 +394,13 @@ class Draft:
             done = {"text": text} | ({"logprobs": scores} if self._kind == "text" else {})
             part = {**self._part, **done}
             item["content"] = [part]
+        elif self._name == _INPUT:
+            # One that is cut off ends in the middle of the argument.
+            given = parse_arguments(text) or parse_arguments(f'{text}"}}') or {}
+            item |= (done := {"input": given.get("input", "")})
+            yield self.event(f"{self._name}.delta", **self._where, delta=done["input"])
         else:
-            done = {"name": item["name"], "arguments": text}
-            item |= done
+            item |= (done := {"name": item["name"], "arguments": text})
         yield self.event(f"{self._name}.done", **self._where, **done)
         if self._part:
             yield self.event("content_part.done", **self._where, part=part)
@@ -320,10 +412,12 @@ class Draft:
 # the item has at first, and the part of it that holds the text.
 _TEXT = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 _THOUGHT = {"type": "reasoning_text", "text": ""}
+_INPUT = "custom_tool_call_input"
 _ITEMS: dict[str, tuple[str, str, str, Json, Json]] = {
     "text": ("message", "msg", "output_text", {"role": "assistant", "content": []}, _TEXT),
     "reasoning": ("reasoning", "rs", "reasoning_text", {"summary": [], "content": []}, _THOUGHT),
-    "call": ("function_call", "fc", "function_call_arguments", {}, {}),
+    "call": ("function_call", "fc", "function_call_arguments", {"arguments": ""}, {}),
+    "custom": ("custom_tool_call", "ctc", _INPUT, {"input": ""}, {}),
 }
 
 

@@ -169,6 +169,13 @@ class Service:
         """Answers that wait for one."""
         return len(self._open) - self.running
 
+    @property
+    def reading(self) -> Json:
+        """How many prompts are being read, their tokens, and those of them that are read."""
+        jobs = [job for job in [*self._open] if job.started and not job.first_token]
+        tokens, read = sum(len(job.prompt) for job in jobs), sum(job.read for job in jobs)
+        return {"prompts": len(jobs), "tokens": tokens, "read": read}
+
     @informs
     def observe(self, request: Job) -> None:
         """Note the times of an answer that has ended."""
@@ -198,7 +205,7 @@ class Service:
         return {
             **{"model": self.name, "context": self.runtime.context, "memory": memory},
             "sampling": self.own_settings,
-            **{"running": self.running, "queued": self.queued},
+            **{"running": self.running, "queued": self.queued, "reading": self.reading},
             **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels", "drafts")},
             **{name: stats[name] for name in ("sessions",) if name in stats},
@@ -239,6 +246,7 @@ class Service:
             ("session_bytes", "Bytes of sessions on disk", None, sessions.get("bytes", 0)),
             ("running", "Answers under way", None, stats["running"]),
             ("queued", "Answers that wait", None, stats["queued"]),
+            ("reading", "Prompts being read, their tokens, those read", "kind", stats["reading"]),
             ("expert_hit_rate", "Share of experts that were in a slot", None, hit_rate),
             ("memory_bytes", "Memory in use by tier", "tier", used),
             ("memory_budget_bytes", "Budget of the fast tier", None, budget),

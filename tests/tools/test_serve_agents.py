@@ -1,0 +1,297 @@
+"""``slotmoe serve`` and ``launch`` for coding agents: tools of Codex, pictures in results, prompts
+that are too long or take long, a client that is started with its server."""
+
+import json
+import os
+import re
+import signal
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from slotmoe.errors import ConfigError
+from slotmoe.tools import serve
+from slotmoe.tools.cli import cli
+from slotmoe.tools.serve import guard as serve_guard
+from slotmoe.tools.serve.openai import ChatRequest
+from slotmoe.tools.serve.responses import ResponsesRequest
+from tests.support.apis import ASKED, CHAT, KING, MESSAGES, RESPONSES, TOOL, ask
+from tests.support.forkserver import COMMAND_LINE, Forked
+from tests.support.served import GREEDY, USER, Served, is_weather, start, until
+
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Edits files."}
+PATCH["format"] = {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin" /.+/'}
+NAMESPACE = {"type": "namespace", "name": "mcp__sky", "description": "", "tools": [TOOL]}
+CODEX = [TOOL, PATCH, NAMESPACE, {"type": "web_search"}]
+
+
+@pytest.fixture(scope="module")
+def context():
+    return 1024
+
+
+def test_tools_of_codex_are_functions_of_the_model_and_come_back_as_they_were(openai_client):
+    def call(name):
+        choice = {"type": "custom" if name == "apply_patch" else "function", "name": name}
+        options = {**GREEDY, "input": KING, "tools": CODEX, "tool_choice": choice, "temperature": 1}
+        with openai_client.responses.stream(**options, max_output_tokens=300, top_p=0.1) as stream:
+            types = [event.type for event in stream]
+            (item,) = stream.get_final_response().output
+        return types, item
+
+    types, patch = call("apply_patch")
+    assert (patch.type, patch.name) == ("custom_tool_call", "apply_patch") and patch.input
+    assert types.count("response.custom_tool_call_input.delta") == 1
+    _, weather = call("mcp__sky__weather")
+    assert (weather.name, weather.namespace) == ("weather", "mcp__sky")
+    assert is_weather(weather.arguments)
+    results = [
+        {"type": "function_call_output", "call_id": weather.call_id, "output": "Rain."},
+        {"type": "custom_tool_call_output", "call_id": patch.call_id, "output": "Done."},
+    ]
+    items = [{"role": "user", "content": KING}, weather, patch, *results]
+    said = openai_client.responses.with_raw_response.create(
+        **{**GREEDY, "input": items, "tools": CODEX, "max_output_tokens": 2}
+    )
+    assert said.headers["x-slotmoe-relaxed"] == "tools: web_search is left out"
+    assert [tool.type for tool in said.parse().tools] == ["function", "custom", "namespace"]
+
+
+def test_what_the_model_reads_of_tools_and_histories(served):
+    call = {"type": "custom_tool_call", "call_id": "1", "name": "apply_patch", "input": 'a"b'}
+    other = {"type": "function_call", "call_id": "2", "name": "weather", "arguments": "{}"}
+    items = [
+        {"type": "compaction", "encrypted_content": "slotmoe: They met."},
+        {"type": "compaction", "encrypted_content": "gAAAA"},
+        call,
+        {**other, "namespace": "mcp__sky"},
+    ]
+    chat = ResponsesRequest(model="x", input=items, tools=CODEX).chat()
+    first, second, said = chat.messages
+    assert first.text.endswith("They met.") and "left out" in second.text
+    made = [(made.name, made.arguments) for made in said.calls]
+    assert made == [("apply_patch", '{"input": "a\\"b"}'), ("mcp__sky__weather", "{}")]
+    about = {function.name: function.description for function in chat.policy.functions}
+    assert [*about] == ["weather", "apply_patch", "mcp__sky__weather"]
+    assert '*** Begin" /.+/' in about["apply_patch"]
+    spaces = [{**NAMESPACE, "name": f"n{n}", "tools": [TOOL] * 1000} for n in range(2)]
+    for tools in (spaces, [TOOL, TOOL], [{**NAMESPACE, "tools": [NAMESPACE]}]):
+        assert served.post(RESPONSES, **ASKED[RESPONSES], tools=tools)[0] == 400
+
+
+def test_a_conversation_is_compacted(served):
+    tools = [{**TOOL, "parameters": {"type": "object"}}]
+    before = ask(served, RESPONSES, tools=tools)
+    found = ask(served, f"{RESPONSES}/compact", **ASKED[RESPONSES], tools=tools)
+    user, summary = found["output"]
+    assert user["content"][0]["text"] == KING
+    assert re.fullmatch("slotmoe: .+", summary["encrypted_content"], re.DOTALL)
+    cached = found["usage"]["input_tokens_details"]["cached_tokens"]  # with the functions
+    assert cached > 0.8 * before["usage"]["input_tokens"]
+    items = [*found["output"], {"role": "user", "content": "And?"}]
+    assert ask(served, RESPONSES, input=items)["output"]
+
+
+PICTURE = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+LEFT_OUT = "[image left out: this model reads text]"
+USE = {"type": "tool_use", "id": "x", "name": "weather", "input": {"city": "Rome", "days": 1}}
+CALLED = {"id": "x", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+MADE = {"type": "function_call", "call_id": "x", "name": "weather", "arguments": "{}"}
+
+
+SHOWN = [{"type": "text", "text": "Seen: "}, {"type": "image", "source": PICTURE}]
+PDF = {"type": "document", "source": {**PICTURE, "media_type": "application/pdf"}}
+URL = [SHOWN[0], {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]
+PICTURES = {
+    MESSAGES: {"messages": [
+        *USER, {"role": "assistant", "content": [USE]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "x", "content": [*SHOWN, PDF]}]},
+    ]},
+    CHAT: {"messages": [
+        *USER, {"role": "assistant", "tool_calls": [CALLED]},
+        {"role": "tool", "tool_call_id": "x", "content": URL},
+    ]},
+    RESPONSES: {"input": [
+        {"role": "user", "content": KING}, MADE,
+        {"type": "function_call_output", "call_id": "x", "output": [
+            {"type": "input_text", "text": "Seen: "},
+            {"type": "input_image", "image_url": "data:image/png;base64,aGk="}]},
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PICTURES)
+def test_a_picture_in_a_result_is_left_out_and_said_so(served, monkeypatch, path):
+    texts, encode = [], served.service.encode
+    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
+    ask(served, path, **PICTURES[path])
+    assert f"Seen: {LEFT_OUT}" in texts[0]
+    assert ("[document left out: " in texts[0]) == (path == MESSAGES)
+
+
+TOO_LONG = {
+    MESSAGES: r"prompt is too long: (\d+) tokens > 1024 maximum",
+    CHAT: r"This model's maximum context length is 1024 tokens\. However, your messages resulted in"
+    r" (\d+) tokens\. Please reduce the length of the messages\.",
+    RESPONSES: "Your input exceeds the context window of this model. Please adjust your input and "
+    r"try again. It has (\d+) tokens, the context holds 1024.",
+}
+
+
+@pytest.mark.parametrize("path", TOO_LONG)
+def test_prompts_that_are_too_long_are_refused_in_the_words_of_the_api(served, path):
+    """The sample has no more positions than these, so none are advised."""
+    for words in (1200, 200_000):  # which are counted, and which are too many for that
+        long = "word " * words
+        fields = (
+            {"input": long} if path == RESPONSES else {"messages": [{**USER[0], "content": long}]}
+        )
+        status, answer = served.post(path, **{**ASKED[path], **fields})
+        found = re.fullmatch(TOO_LONG[path], answer["error"]["message"])
+        assert status == 400 and found and int(found[1]) > 1024
+        assert path == MESSAGES or answer["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.usefixtures("network", "processes")
+def test_a_prompt_that_is_read_shows_in_the_log_and_in_figures(runtime, monkeypatch, capfd):
+    passes, reads = runtime.engine.batch.passes, []
+    run = passes.run
+    monkeypatch.setattr(serve_guard, "READING_SECONDS", (0.0, 0.01))
+
+    def later(rows):
+        if not reads:
+            reads.append(served.service.stats()["reading"])
+            until(lambda: capfd_lines().count("reads") > 2)
+        return run(rows)
+
+    told = []
+
+    def capfd_lines():
+        told.append(capfd.readouterr().err)
+        return "".join(told)
+
+    monkeypatch.setattr(passes, "run", later)
+    with Served(runtime, is_logged=True) as served:
+        answer = ask(served, MESSAGES, messages=[{**USER[0], "content": "king " * 300}])
+        tokens = answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"]
+        assert reads == [{"prompts": 1, "tokens": tokens, "read": reads[0]["read"]}]
+        assert served.service.stats()["reading"]["prompts"] == 0
+        assert 'slotmoe_reading{kind="tokens"} 0.0' in served.ask("GET", "/metrics")[1]
+    assert re.search(
+        rf"POST /v1/messages reads, \d+ of {tokens} tokens so far, req_", capfd_lines()
+    )
+
+
+def test_deepseeks_own_fields(served):
+    begun = [*USER, {"role": "assistant", "content": " I"}]
+    wanted = served.choice(messages=begun, continue_final_message=True)
+    prefixed = [*USER, {**begun[-1], "prefix": True}]
+    assert served.choice(messages=prefixed) == wanted != served.choice(messages=begun)
+    for fields, effort in (
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "max"}, "none"),
+        ({"thinking": {"type": "enabled"}}, "high"),
+        ({"thinking": {"type": "enabled"}, "reasoning_effort": "max"}, "max"),
+        ({"thinking": {"type": "adaptive"}, "reasoning_effort": "low"}, "low"),
+    ):
+        assert ChatRequest(**ASKED[CHAT], **fields).conversation().effort == effort
+
+
+UNSERVED = {
+    "/v1/embeddings": "no embeddings",
+    "/api/embed": "no embeddings",
+    "/v1/audio/speech": "reads and writes text",
+    "/api/pull": "slotmoe run",
+    "/v1/nothing": "openapi.json",
+}
+
+
+def test_what_is_not_served_is_said(served):
+    for path, words in UNSERVED.items():
+        status, answer = served.post(path, model="sample")
+        error = answer["error"]
+        told = error if isinstance(error, str) else error["message"]
+        assert status == 404 and path in told and words in told
+
+
+# Says what it was given and what the server answers, and ends with 7, or when it is told to.
+CLIENT = f"""#!{sys.executable}
+import json, os, sys, time, urllib.request
+key, url = (os.environ.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL"))
+if "wait" in sys.argv:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if key is None:
+    key = os.environ["SLOTMOE_API_KEY"]
+    url = next(it for it in sys.argv if "base_url=" in it).partition("=")[2].removesuffix("/v1")
+asked = urllib.request.Request(f"{{url}}/v1/models", headers={{"x-api-key": key}})
+with urllib.request.urlopen(asked) as answer:
+    model = json.load(answer)["data"][0]
+print(json.dumps([model["id"], model["max_model_len"], sys.argv[1:], dict(os.environ)]))
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def launch(processes, sample_export, tmp_path):
+    for name in ("claude", "codex"):
+        (tmp_path / name).write_text(CLIENT)
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": str(tmp_path), "ANTHROPIC_API_KEY": "another"}
+
+    def launch(client, *words):
+        options = "--context", 512, "--ram", "2GiB", "--served-model-name", "king"
+        return Forked("launch", client, sample_export, *options, "--", *words, env=env)
+
+    return launch
+
+
+def test_a_client_is_started_with_its_server(launch):
+    with launch("claude", "-p", "Hi") as child:
+        name, context, words, given = json.loads(child.communicate()[0])
+        assert (child.wait(), words, given["ANTHROPIC_API_KEY"]) == (7, ["-p", "Hi"], "")
+        assert given["ANTHROPIC_MODEL"] == given["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == name == "king"
+        assert given["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == str(context) == "512"
+    with launch("codex", "exec", "Hi") as child:
+        _, _, words, _ = json.loads(child.communicate()[0])
+        assert words[-2:] == ["exec", "Hi"] and "model_context_window=512" in words
+        assert "model_providers.slotmoe.wire_api=responses" in words and child.wait() == 7
+
+
+def test_signals_end_a_client_and_its_server(launch):
+    """But for Ctrl-C, which is the client's."""
+    with launch("claude", "wait") as child:
+        number = int(child.stdout.readline())
+        child.send_signal(signal.SIGINT)
+        child.terminate()
+        assert child.wait() == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+def test_a_client_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    problem = CliRunner().invoke(cli, ["launch", "codex", "sample"]).exception
+    assert isinstance(problem, ConfigError) and "npm install -g @openai/codex" in str(problem)
+
+
+def test_an_export_is_served_under_its_name(sample_export, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path))
+    export = tmp_path / "owner--Model-Lite-0123456789ab-4"
+    export.symlink_to(sample_export)
+    monkeypatch.chdir(tmp_path)
+    for given, name in (("lite", "Model-Lite"), ("Model-Lite", "Model-Lite"), ("sample", "sample")):
+        assert serve._name(given) == name
+    assert serve._name("owner/other") == "owner/other"
+    assert serve._name(str(sample_export)) == sample_export.resolve().name
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_signal_ends_an_idle_server_at_once(sample_export):
+    """Python's own end takes as long as the model's memory is large."""
+    late = f"import atexit, sys\natexit.register(print, 'late', file=sys.stderr)\n{COMMAND_LINE}"
+    child, _ = start(sample_export, program=late)
+    with child:
+        child.terminate()
+        assert (child.wait(), child.stderr.read()) == (143, "")
