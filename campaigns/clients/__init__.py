@@ -17,6 +17,7 @@ from pathlib import Path
 
 from campaigns.runner import Attack
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.tools import serve
 from tests.support.tiny import SAMPLE
 
 HERE = Path(__file__).parent
@@ -31,7 +32,7 @@ PROGRAMS = {
     "lm-eval": ("use_lm_eval.py", ["lm-eval[api]==0.4.13", "transformers==5.24.0"]),
     "openai-node": ("use_openai.mjs", ["openai@6.49.0", "zod@4.6.7"]),
     "claude-code": ("use_claude.mjs", ["@anthropic-ai/claude-code@2.1.332"]),
-    "codex": ("use_agents.mjs", ["@openai/codex@0.169.0"]),
+    "codex": ("use_agents.mjs", ["@openai/codex@0.171.0"]),
     "opencode": ("use_agents.mjs", ["opencode-ai@1.18.33"]),
 }
 
@@ -70,7 +71,7 @@ def install_node(folder, packages):
         folder.mkdir(exist_ok=True)
         options = ["--no-audit", "--no-fund", "--loglevel=error", f"--before={DATE}T23:59:59Z"]
         call("npm", "install", *options, *packages, cwd=folder)
-    for script in HERE.glob("*.mjs"):
+    for script in (*HERE.glob("*.mjs"), Path(serve.__file__).parent / "clients.json"):
         shutil.copy(script, folder)
     return programs
 
