@@ -83,7 +83,7 @@ REFUSED = [
     *((CHAT, {"tools": [function(name)]}, f"tools.0.function.name: {NAME}") for name in NAMES),
     (CHAT, {"tools": [FUNCTION], "tool_choice": OTHER}, "tool_choice: 'other' is none of the"),
     (CHAT, {"functions": [{"name": "f"}]}, "functions is not supported by this server: use tools"),
-    (CHAT, user("word " * 600), "This model's maximum context length is 512 tokens. However,", None),
+    (CHAT, user("word " * 600), "This model's maximum context length is 512 tokens. However", None),
     (TEXT, {"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
     (TEXT, {"prompt": ["x"] * 9, "n": 2}, "prompts times n is more than 16 answers", "n"),
     (TEXT, {"prompt": [4096]}, "a token id of the prompt is outside 0 to 4095", None),

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -152,12 +151,8 @@ def _serve(
             service.stop()
             server.should_exit = True
 
-        def follow(client: "subprocess.Popen[bytes]") -> None:
-            client.wait()
-            server.should_exit = True
-
         if client is not None:
-            Thread(target=follow, args=(client,), daemon=True).start()
+            Thread(target=_end_behind, args=(client, server), daemon=True).start()
         with Stopping(stop, once=client is None) as stopping:
             server.run(sockets=[listener])
         problem = service.engine.problem
@@ -170,6 +165,11 @@ def _serve(
         return 0
     options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return 1
+
+
+def _end_behind(client: "subprocess.Popen[bytes]", server: "uvicorn.Server") -> None:
+    client.wait()
+    server.should_exit = True
 
 
 @click.command(
@@ -197,9 +197,9 @@ def launch(client: str, model: str, arguments: tuple[str, ...], **given: Any) ->
     key = (given["api_keys"] or (secrets.token_urlsafe(),))[0]
 
     def start(**about: object) -> "subprocess.Popen[bytes]":
-        fill = partial(str.format, key=key, **about)
-        variables = {name: fill(text) for name, text in told["variables"].items()}
-        pairs = [f"{name}={fill(text)}" for name, text in told["settings"].items()]
+        about |= {"key": key}
+        variables = {name: text.format(**about) for name, text in told["variables"].items()}
+        pairs = [f"{name}={text.format(**about)}" for name, text in told["settings"].items()]
         settings = [word for pair in pairs for word in ("-c", pair)]
         return subprocess.Popen([program, *settings, *arguments], env={**os.environ, **variables})
 

@@ -111,10 +111,10 @@ HANDLED = (Exception, RefusedError, RequestValidationError, ConfigError, PlanErr
 def _too_long(request: Request, problem: PromptError) -> str:
     """In the words of the API, with what the model has where that is more."""
     runtime, path = request.app.state.service.runtime, request.url.path
+    context, limit = int(runtime.context), int(runtime.config.max_position_embeddings)
     told = next((text for begin, text in _TOO_LONG.items() if path.startswith(begin)), None)
     if told is None:
         return str(problem)
-    context, limit = runtime.context, runtime.config.max_position_embeddings
     more = f" (start with a larger --context, the model has {limit})" * (context < limit)
     return told.format(tokens=problem.tokens, context=context) + more
 

@@ -300,10 +300,12 @@ class ChatMessage(Fields):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, message: object) -> object:
-        match message:
-            case {"role": "tool", "content": [*parts]}:
-                return {**message, "content": [*map(readable, parts)]}
-        return message
+        if not isinstance(message, dict) or message.get("role") != "tool":
+            return message
+        parts = message.get("content")
+        return (
+            {**message, "content": [*map(readable, parts)]} if isinstance(parts, list) else message
+        )
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ChatMessage":
