@@ -22,6 +22,7 @@ _Share = Annotated[float, Meta(ge=0, le=1)]
 _LayerType = Literal[
     "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 ]
+_GroupedType = Literal["full_attention", "sliding_attention", "linear_attention"]
 _RATIOS = dict(zip(get_args(_LayerType), (0, 4, 128), strict=True))
 """Positions that become one, by transformers' name of such a layer."""
 
@@ -83,13 +84,34 @@ class CompressedConfig(Struct, frozen=True):
 
 class GroupedConfig(Struct, frozen=True):
     """Grouped-query attention: ``windows`` says of each layer how many tokens each one sees, 0 for
-    all; ``biased`` and ``qk_norm`` are as in ``Family``, ``qk_norm`` never a key."""
+    all, -1 where a layer has a delta rule instead; ``biased`` and ``qk_norm`` are as in ``Family``,
+    ``qk_norm`` never a key."""
 
     groups: _Heads
     head_dim: _Width
     windows: tuple[int, ...]
     biased: str
     qk_norm: str
+
+
+class DeltaConfig(Struct, frozen=True, rename=lambda name: f"linear_{name}"):
+    """A gated delta rule: heads of keys, which queries share, and of values, and their widths."""
+
+    num_key_heads: _Heads
+    num_value_heads: _Heads
+    key_head_dim: _Width
+    value_head_dim: _Width
+
+    @property
+    def columns(self) -> int:
+        """What a token gives to the rule: queries, keys, values, and two numbers a value head."""
+        keys = 2 * self.num_key_heads * self.key_head_dim
+        return keys + self.num_value_heads * (self.value_head_dim + 2)
+
+    @property
+    def state_values(self) -> int:
+        """Of all heads' matrices."""
+        return self.num_value_heads * self.key_head_dim * self.value_head_dim
 
 
 class HyperConnections(Struct, frozen=True, rename=lambda name: f"hc_{name}"):
@@ -153,7 +175,8 @@ class _KeysOfGroups(Struct):
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = 0
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    layer_types: list[_GroupedType] | None = None
+    full_attention_interval: Annotated[int, Meta(ge=2, le=1000)] = 4  # others are linear
     decoder_sparse_step: Annotated[int, Meta(ge=1, le=1000)] = 1
     mlp_only_layers: list[int] | None = None
     swiglu_limit: _NotNegative | None = None
@@ -163,7 +186,7 @@ class _KeysOfGroups(Struct):
     shared_expert_intermediate_size: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
 
 
-_READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4, _KeysOfGroups)
+_READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4, _KeysOfGroups, DeltaConfig)
 KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
 
 
@@ -222,6 +245,9 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     if kind == "deepseek_yarn":  # in Sarvam's words
         kind = "yarn"
     settings.pop("max_position_embeddings", None)
+    if family.delta:  # pairs turn by time, height and width, which are one for texts
+        settings.pop("mrope_section", None)
+        settings.pop("mrope_interleaved", None)
     if family.attention == "compressed" and settings.pop("attention_factor", 1.0) != 1.0:
         raise ValueError("rope setting 'attention_factor' is not supported, only 1.0")
     if family.attention == "latent" and "attention_factor" in settings:
@@ -306,13 +332,15 @@ def in_words_of_latents(given: Json, family: Family) -> Json:
             problem = f"is not a multiple of moe_intermediate_size {of.moe_intermediate_size}"
             raise ValueError(f"shared_expert_intermediate_size {shared} {problem}")
         values["n_shared_experts"] = shared // of.moe_intermediate_size
+    if family.delta:  # of dense layers, which the newer ones have not
+        values.setdefault("intermediate_size", of.moe_intermediate_size)
     values |= {"q_lora_rank": None, "rope_interleave": family.rope_interleave[0]}
     values |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": width - rotated}
     return values | dict.fromkeys(("kv_lora_rank", "v_head_dim"), width)
 
 
 def parts_of_groups(values: Json, family: Family) -> Json:
-    """``rope`` and ``grouped`` of a model with grouped queries."""
+    """``rope``, ``grouped`` and ``delta`` of a model with grouped queries."""
     of, width = typed(values, _KeysOfGroups), values["v_head_dim"]
     if (heads := of.num_attention_heads) % of.num_key_value_heads:
         problem = f"is not a multiple of num_key_value_heads {of.num_key_value_heads}"
@@ -321,7 +349,7 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     qk_norm = family.qk_norm
     if qk_norm not in ("", "head", "row"):
         qk_norm = "head" if values.get(qk_norm) else ""
-    grouped = GroupedConfig(of.num_key_value_heads, width, _windows(of), biased, qk_norm)
+    grouped = GroupedConfig(of.num_key_value_heads, width, _windows(of, family), biased, qk_norm)
     step, first, last = of.decoder_sparse_step, of.moe_layer_start_index, of.moe_layer_end_index
     layers = range(of.num_hidden_layers)
     sparse = {*layers[first : last + 1 or None]} - {*(of.mlp_only_layers or ())}
@@ -330,6 +358,11 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     limit = usual.limit if of.swiglu_limit is None else of.swiglu_limit
     activation = Activation(limit, of.swiglu_alpha or usual.alpha, usual.offset)
     parts = {"grouped": grouped, "dense_layers": dense, "activation": activation}
+    if family.delta:
+        parts["delta"] = delta = typed(values, DeltaConfig)
+        if (heads := delta.num_value_heads) % delta.num_key_heads:
+            problem = f"is not a multiple of linear_num_key_heads {delta.num_key_heads}"
+            raise ValueError(f"linear_num_value_heads {heads} {problem}")
     return {**parts_of_mla(values, family), **parts}
 
 
@@ -341,19 +374,29 @@ KINDS = {
 """By kind of attention, what puts a ``config.json`` in DeepSeek's words, and what reads parts."""
 
 
-def _windows(of: _KeysOfGroups) -> tuple[int, ...]:
-    """The window of each layer, 0 for all tokens."""
+def _windows(of: _KeysOfGroups, family: Family) -> tuple[int, ...]:
+    """The window of each layer, 0 for all tokens, -1 for a delta rule."""
     layers, types, window = of.num_hidden_layers, of.layer_types, of.sliding_window
-    if types is None:
+    other: _GroupedType = "linear_attention" if family.delta else "sliding_attention"
+    if types is None and family.delta:
+        types = [other] * layers
+        step = of.full_attention_interval
+        types[step - 1 :: step] = ["full_attention"] * (layers // step)
+    elif types is None:
         slides = window is not None and of.use_sliding_window is not False
         if slides and (of.max_window_layers or 0) < layers:
             raise ValueError("layer_types is missing, which says where sliding_window counts")
         types = ["full_attention"] * layers
     if len(types) != layers:
         raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
-    if "sliding_attention" in types and (window is None or not 0 < window <= 1 << 20):
+    for at, name in enumerate(types):
+        if name not in ("full_attention", other):
+            raise ValueError(f"layer_types[{at}] is {name!r}, expected full_attention or {other}")
+    if family.delta:
+        return tuple(-(name == other) for name in types)
+    if other in types and (window is None or not 0 < window <= 1 << 20):
         raise ValueError(f"sliding_window is {window!r:.80}, expected 1 to {1 << 20}")
-    return tuple((window or 0) * (name == "sliding_attention") for name in types)
+    return tuple((window or 0) * (name == other) for name in types)
 
 
 def _set(values: Json, key: str, value: object) -> None:

@@ -87,6 +87,7 @@ class Config(ConfigKeys):
     indexer: attention.IndexerConfig | None = None
     compressed: attention.CompressedConfig | None = None
     grouped: attention.GroupedConfig | None = None
+    delta: attention.DeltaConfig | None = None
     hyper: attention.HyperConnections | None = None
     dense_layers: tuple[int, ...] = ()  # beside the first ones and those between
     num_hash_layers: int = 0  # the first ones choose experts by token id
@@ -155,9 +156,13 @@ class Config(ConfigKeys):
         return ratios[layer] if layer < len(ratios) else 0
 
     def window(self, layer: int) -> int:
-        """How many tokens each one sees in ``layer`` of grouped queries; 0: all."""
+        """How many tokens each one sees in ``layer`` of grouped queries; 0: all, -1: none."""
         windows = () if self.grouped is None else self.grouped.windows
         return windows[layer] if layer < len(windows) else 0
+
+    def has_delta(self, layer: int) -> bool:
+        """Whether ``layer`` has a delta rule."""
+        return self.window(layer) < 0
 
     def has_indexer(self, layer: int) -> bool:
         """Whether ``layer`` has an indexer of its own, as the head that predicts one token more has
@@ -189,6 +194,7 @@ _KNOWN_KEYS = {*ConfigKeys.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_K
     torch_dtype transformers_version use_cache _name_or_path architectures scoring_func topk_method
     mlp_layer_types layer_types partial_rotary_factor num_mtp_layers
     index_topk_freq index_topk_pattern index_skip_topk_offset
+    mtp_num_hidden_layers mtp_use_dedicated_embeddings
     index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
     compress_rates expert_dtype
     router_aux_loss_coef router_jitter_noise use_mtp num_mtp_modules mtp_transformer_layers

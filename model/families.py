@@ -1,8 +1,9 @@
 """The model families that this network computes, and in what they differ.
 
 All have routed experts behind a gate, and one of three kinds of attention: Multi-head Latent
-Attention, that of DeepSeek-V4, or grouped queries.  What differs is data: a row of ``FAMILIES``
-says how the gate scores and chooses, and what fits it in ``config.json``.
+Attention, that of DeepSeek-V4, or grouped queries, which may take turns with a gated delta rule.
+What differs is data: a row of ``FAMILIES`` says how the gate scores and chooses, and what fits it
+in ``config.json``.
 """
 
 from pathlib import Path
@@ -28,6 +29,9 @@ class Family(NamedTuple):
     names the key that says whether they are by head, ``norm_last`` that it is behind their
     rotation, ``rotated`` how much of a head that is, if no key says it, ``ntk_alpha`` that dynamic
     RoPE's base is stretched by a fixed alpha, and ``sinks`` that softmax counts one score more.
+    ``delta``: some layers have a gated delta rule instead; ``by_key_head``: one matrix gives all
+    that it takes in, key head by key head.  ``output_gate``: ``q_proj`` also gives what gates each
+    head's output.  ``norms_less_one``: norms are stored as what they are more than 1.
     ``logit_bias``: the gate's logits have biases.  ``shared_gate``: the
     shared expert's output has a gate of its own.  ``expert_biases``: experts' projections have
     biases; ``interleaved``: rows of their gate and up take turns, all experts of a layer in one
@@ -58,6 +62,10 @@ class Family(NamedTuple):
     rotated: float = 1.0
     ntk_alpha: bool = False
     sinks: bool = False
+    delta: bool = False
+    by_key_head: bool = False
+    output_gate: bool = False
+    norms_less_one: bool = False
     logit_bias: bool = False
     shared_gate: bool = False
     expert_biases: bool = False
@@ -84,6 +92,13 @@ _NONE_SHARED, _NORMALIZED = ("n_shared_experts", 0), ("norm_topk_prob", True)
 _EXPERTS, _LOCAL = ("num_experts", "n_routed_experts"), ("num_local_experts", "n_routed_experts")
 _WIDTH = "intermediate_size", "moe_intermediate_size"
 _NO_WINDOW = "use_sliding_window", False
+_SHARED = (("mlp.shared_expert.", "mlp.shared_experts."),)
+_DELTA = _SOFTMAX._replace(
+    delta=True, qk_norm="head", rotated=0.25, shared_gate=True, output_gate=True,
+    norms_less_one=True, words=(_EXPERTS,), names=_SHARED,
+    values=(*_UNSCALED, ("attn_output_gate", True), ("linear_conv_kernel_dim", 4),
+            ("mamba_ssm_dtype", "float32"), ("output_gate_type", "swish")),
+)  # fmt: skip
 FAMILIES = {
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM", topk_methods=("greedy", "group_limited_greedy"), scoring="softmax",
@@ -133,7 +148,11 @@ FAMILIES = {
     "qwen2_moe": _SOFTMAX._replace(
         architecture="Qwen2MoeForCausalLM", biased="qkv", bias_key="", shared_gate=True,
         words=(_EXPERTS,), values=(*_UNSCALED, _NO_WINDOW, ("qkv_bias", True)),
-        names=(("mlp.shared_expert.", "mlp.shared_experts."),),
+        names=_SHARED,
+    ),
+    "qwen3_next": _DELTA._replace(architecture="Qwen3NextForCausalLM", by_key_head=True),
+    "qwen3_5_moe_text": _DELTA._replace(
+        architecture="Qwen3_5MoeForCausalLM", values=(*_DELTA.values, _NORMALIZED),
     ),
     "dots1": _GROUPED._replace(
         architecture="Dots1ForCausalLM", topk_methods=("noaux_tc", None), biased="qkvo",
@@ -165,14 +184,18 @@ FAMILIES = {
 }  # fmt: skip
 """By ``model_type``."""
 
-WRAPPERS = ("kimi_k25", "mistral3")
+WRAPPERS = ("kimi_k25", "mistral3", "qwen3_5_moe")
 """Values of ``model_type`` of models with more than text, whose ``text_config`` is of a family."""
 
 OTHERS = {
     "deepseek": "its attention has keys and values for each head, no latent",
     "deepseek_v41": "its layers share keys, and some look up pieces of text",
     "deepseek_v41_text": "its layers share keys, and some look up pieces of text",
-    "kimi_linear": "most of its layers have linear attention",
+    "kimi_linear": "its delta rule decays by channel, and its latents are not rotated",
+    "kimi_k3": "its delta rule decays by channel, its layers attend to layers, its experts to less",
+    "qwen4_exp": "its attention chooses blocks, its streams are several, and it looks up n-grams",
+    "glm5_next": "its delta rule decays by channel, and its indexer chooses pools of tokens",
+    "bailing_hybrid": "its delta rule decays by channel, within a bound",
     "longcat_flash": "its layers have two attentions, and experts that compute nothing",
 }
 """Why a ``model_type`` that is close is not one of them."""

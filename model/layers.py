@@ -39,8 +39,15 @@ def layer_of(weights: Mapping[str, Prepared], layer: int, window: int) -> Layer[
         weight = weights.get(layer_tensor(layer, part.name))
         if weight is not None:
             parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
-    attention: Mla[Prepared] | border.Compressed[Prepared] | border.Grouped[Prepared] | None
-    if "k_proj" in parts:
+    attention: (
+        Mla[Prepared]
+        | border.Compressed[Prepared]
+        | border.Grouped[Prepared]
+        | border.Delta[Prepared]
+    ) | None
+    if "conv" in parts:
+        attention = _filled(border.Delta, parts)
+    elif "k_proj" in parts:
         attention = _filled(border.Grouped, parts, window=window)
     elif "kv_proj" in parts:
         keys = _filled(border.Compressor, parts, "compressed_indexer_")
@@ -70,7 +77,7 @@ def _filled(kind: type[T], parts: dict[str, object], prefix: str = "", **given: 
 
 def geometry_of(config: Config) -> Geometry:
     """What a backend has to know of ``config``."""
-    c, indexer, compressed, hyper, grouped = config, None, None, None, None
+    c, indexer, compressed, hyper, grouped, delta = config, *[None] * 5
     if (i := c.indexer) is not None:
         indexer = border.IndexGeometry(i.n_heads, i.head_dim, i.topk, i.halves)
     if c.compressed is not None:
@@ -79,11 +86,15 @@ def geometry_of(config: Config) -> Geometry:
         hyper = border.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
     if (a := c.grouped) is not None:
         grouped = border.GroupedGeometry(a.groups, a.head_dim, c.family.norm_last)
+    if (d := c.delta) is not None:
+        delta = border.DeltaGeometry(
+            d.num_key_heads, d.num_value_heads, d.key_head_dim, d.value_head_dim
+        )
     heads = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
     factors = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
     rest = not c.rope_interleave, router_of(c), c.moe_intermediate_size
     sizes = *heads, c.kv_lora_rank, c.v_head_dim
-    return Geometry(*sizes, *factors, *rest, indexer, compressed, hyper, grouped)
+    return Geometry(*sizes, *factors, *rest, indexer, compressed, hyper, grouped, delta)
 
 
 def router_of(config: Config) -> Router:

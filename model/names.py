@@ -9,16 +9,17 @@ network uses it, which limits how it can be stored (``slotmoe.quant.shapes``): `
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from slotmoe.model.config import Config
+from slotmoe.quant.shapes import CONVOLVED
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, LOGIT_BIAS, POST_NORM = "mlp.gate", "mlp.gate.bias", "post_attention_layernorm"
 _GATE_BIAS, EXPERTS_OF = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
 # Names of parameters that are no module's weight.
-_BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)|mlp\.experts\.\w+")
+_BARE = re.compile(r".*(bias|sinks|A_log|tid2eid|_hc\.\w+|hc_head\.\w+)|mlp\.experts\.\w+")
 
 
 class Spec(NamedTuple):
@@ -65,16 +66,28 @@ def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Spec]
 
 
 _INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
+_DELTA = "linear_attn."
 _SCORER = f"{_COMPRESSOR}.indexer.scorer.weights_proj"
 LAYER_PARTS = {
     **_mix("attn_hc.", _LAYER_MIX, "attn_hc_"),
     "input_layernorm": Spec("input_layernorm", "D", "norm", "attn_norm"),
+    # A gated delta rule.
+    "in_proj_qkv": Spec(f"{_DELTA}in_proj_qkv", "1D", "matrix"),
+    "in_proj_z": Spec(f"{_DELTA}in_proj_z", "2D", "matrix"),
+    "in_proj_b": Spec(f"{_DELTA}in_proj_b", "3D", "gate"),
+    "in_proj_a": Spec(f"{_DELTA}in_proj_a", "3D", "gate"),
+    "conv": Spec(f"{_DELTA}conv1d", "41", "gate"),
+    "a_log": Spec(f"{_DELTA}A_log", "3", "gate"),
+    "dt_bias": Spec(f"{_DELTA}dt_bias", "3", "gate"),
+    "value_norm": Spec(f"{_DELTA}norm", "5", "gate"),
+    "out_proj": Spec(f"{_DELTA}out_proj", "D2", "matrix"),
     "q_proj": Spec("self_attn.q_proj", "QD", "matrix", "attn_q"),
     "q_a_proj": Spec("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
     "q_a_layernorm": Spec("self_attn.q_a_layernorm", "A", "norm", "attn_q_a_norm"),
     "q_a_norm": Spec("self_attn.q_a_norm", "l", "norm"),
     "q_b_proj": Spec("self_attn.q_b_proj", "PL", "matrix", "attn_q_b"),
     # Grouped queries.
+    "q_gate": Spec("self_attn.q_gate", "wD", "matrix"),
     "k_proj": Spec("self_attn.k_proj", "pD", "sensitive", "attn_k"),
     "v_proj": Spec("self_attn.v_proj", "pD", "sensitive", "attn_v"),
     "q_bias": Spec("self_attn.q_proj.bias", "q", "gate", "attn_q"),
@@ -288,15 +301,50 @@ def _sizes_of_v4(c: Config, layer: int) -> dict[str, int]:
     return sizes | {"k": overlap * width, "I": width, "J": heads * width, "H": heads}
 
 
-def _sizes_of_groups(c: Config, _layer: int) -> dict[str, int]:
+def _sizes_of_groups(c: Config, layer: int) -> dict[str, int]:
     attention, D, rows = c.grouped, c.hidden_size, c.num_attention_heads * c.v_head_dim
     assert attention is not None
+    if (of := c.delta) is not None and c.has_delta(layer):
+        keys = 2 * of.num_key_heads * of.key_head_dim
+        values = of.num_value_heads * of.value_head_dim
+        sizes = {"Q": 0, "1": keys + values, "2": values, "3": of.num_value_heads}
+        return sizes | {"4": CONVOLVED, "5": of.value_head_dim}
     shared = attention.groups * attention.head_dim  # by the heads of a group
     sizes = {"X": 2 * D, "p": shared, "V": rows, "h": c.num_attention_heads * c.family.sinks}
+    sizes["w"] = rows * c.family.output_gate
     widths = zip("qkvo", "qrst", (rows, shared, shared, D), strict=True)
     sizes |= {letter: width * (name in attention.biased) for name, letter, width in widths}
     norms = {"head": (c.v_head_dim,) * 2, "row": (rows, shared), "": (0, 0)}[attention.qk_norm]
     return sizes | dict(zip("uv", norms, strict=True))
+
+
+def stored_rows(name: str, config: Config) -> tuple[str, int, list[range]] | None:
+    """Where a resident matrix has its rows among others' in the checkpoint: the name of that
+    tensor, its rows, and which they are."""
+    family, of, Z = config.family, config.delta, config.v_head_dim
+    tables = list[tuple[str, int, list[tuple[str, int]]]]()  # of a head, parts and their rows
+    if family.output_gate:
+        parts = [(f"self_attn.{part}", Z) for part in ("q_proj", "q_gate")]
+        tables.append(("self_attn.q_proj", config.num_attention_heads, parts))
+    if family.by_key_head and of is not None:
+        K, heads = of.key_head_dim, of.num_value_heads // of.num_key_heads
+        V, qkv = heads * of.value_head_dim, f"{_DELTA}in_proj_qkv"
+        parts = [(qkv, K), (qkv, K), (qkv, V), (f"{_DELTA}in_proj_z", V)]
+        tables.append((f"{_DELTA}in_proj_qkvz", of.num_key_heads, parts))
+        parts = [(f"{_DELTA}in_proj_{part}", heads) for part in "ba"]
+        tables.append((f"{_DELTA}in_proj_ba", of.num_key_heads, parts))
+    layer, inner = split_name(name) if tables else (None, "")
+    for stored, heads, parts in tables:
+        ends = [*accumulate(rows for _, rows in parts)]
+        ranges = [
+            range(head * ends[-1] + end - rows, head * ends[-1] + end)
+            for (part, rows), end in zip(parts, ends, strict=True)
+            if part == inner
+            for head in range(heads)
+        ]
+        if ranges and layer is not None:
+            return layer_tensor(layer, stored), heads * ends[-1], ranges
+    return None
 
 
 _SIZES_OF = {"latent": _sizes_of_mla, "compressed": _sizes_of_v4, "grouped": _sizes_of_groups}

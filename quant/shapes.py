@@ -13,9 +13,7 @@ TABLE_NAME = ".tid2eid"  # how the names of such weights end
 # What is remembered of a sequence where tokens are compressed.  A mark is a length that it can be
 # cut to, and what the next token behind that needs of the tokens before, beside what stays.
 SPARE = 16  # tokens that can be cut off without a mark
-MARK_TOKENS = 256  # a mark stands at each multiple, whatever the passes are
-MOST_MARKS = 8  # that a sequence remembers when a pass begins
-MOST_ENDS = 4  # of them, those where texts have ended last; the others stand at multiples
+CONVOLVED = 4  # tokens that the convolution before a delta rule sees
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
 _CODED = {"mixed": {"matrix": LUT4}, "nf4": {"matrix": NF4, "sensitive": NF4}}  # by mode and role
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
@@ -23,6 +21,25 @@ LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 # context, and rows of partial sums of several tokens' attention.
 FEW_ROWS, SPLITS, PART_ROWS = 8, 64, 8192
 SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
+
+
+class Marks(NamedTuple):
+    """Which marks a sequence has: one ``early`` tokens before each multiple of ``tokens``, whatever
+    the passes are, and where texts have ended.  When a pass begins it remembers ``most``, of them
+    the last ``ends`` of texts."""
+
+    tokens: int = 256
+    most: int = 8
+    ends: int = 4
+    early: int = 0
+
+    def between(self, start: int, end: int) -> range:
+        """Those behind ``start``, up to ``end``, that are no text's."""
+        first = (start + self.early) // self.tokens + 1
+        return range(first * self.tokens - self.early, end + 1, self.tokens)
+
+
+MARKS = Marks()
 
 
 class Activation(NamedTuple):

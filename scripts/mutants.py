@@ -42,7 +42,7 @@ AREAS = {
         "offload/sessions offload/saves offload/durable offload/sequences",
     ),
     "state": (
-        "slotmoe/state.py",
+        "slotmoe/*ta*.py",
         "offload/plan offload/sequences offload/kinds offload/sessions model/families",
     ),
     "codecs": (

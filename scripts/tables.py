@@ -46,6 +46,8 @@ MODELS = {
     "minimax_m2": "MiniMax-M2",
     "gpt_oss": "gpt-oss-20b, -120b",
     "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
+    "qwen3_next": "Qwen3-Next-80B-A3B, Qwen3-Coder-Next",
+    "qwen3_5_moe_text": "Qwen3.5 and 3.6: 35B-A3B and larger",
     "dots1": "dots.llm1",
     "hunyuan_v1_moe": "Hunyuan-A13B",
     "ernie4_5_moe": "ERNIE-4.5",
@@ -125,6 +127,8 @@ def _by_routes(fields: Json) -> Iterator[str]:
 
 def _attention(family: Family) -> Iterator[str]:
     yield family.attention
+    yield "delta rules in most layers" * family.delta
+    yield "output gate" * family.output_gate
     yield "sparse" * family.indexed
     yield "queries grow with position" * family.query_scaling
     yield "sinks" * family.sinks

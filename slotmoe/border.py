@@ -120,7 +120,8 @@ class Grouped(Generic[W]):
     """Weights of grouped-query attention (arXiv 2305.13245): H heads of queries, G of keys and
     values, Z values each.  Biases are float32, or None, as norms and sinks are where the family has
     none: norms float32 [Z], of each head, or [H Z] and [G Z], of the whole row; ``sinks`` float32
-    [H].  Each token sees the last ``window``, itself among them, or all for 0."""
+    [H].  Each token sees the last ``window``, itself among them, or all for 0.  ``q_gate`` gives
+    H Z values, whose sigmoid multiplies what goes into ``o_proj``; None where nothing does."""
 
     q_proj: W
     k_proj: W
@@ -134,6 +135,26 @@ class Grouped(Generic[W]):
     k_norm: Tensor | None
     sinks: Tensor | None
     window: int
+    q_gate: W | None = None
+
+
+@dataclass(frozen=True)
+class Delta(Generic[W]):
+    """Weights of a gated delta rule (arXiv 2412.06464).  ``in_proj_qkv`` gives Y columns: queries
+    and keys of all key heads, and values of all value heads; ``in_proj_z`` what gates the output.
+    Of each value head, float32: ``in_proj_b`` and ``in_proj_a`` [value heads, D] say how much is
+    written and how much decays, with ``a_log`` and ``dt_bias``; ``value_norm`` is the norm of its
+    output.  ``conv``, float32 [4, Y], are a convolution's taps, the oldest token's first."""
+
+    in_proj_qkv: W
+    in_proj_z: W
+    in_proj_b: W
+    in_proj_a: W
+    conv: Tensor
+    a_log: Tensor
+    dt_bias: Tensor
+    value_norm: Tensor
+    out_proj: W
 
 
 @dataclass(frozen=True)
@@ -154,7 +175,7 @@ class Layer(Generic[W]):
     of by the token, ``mlp`` where there is no shared expert, the mixings with one stream."""
 
     input_layernorm: Tensor
-    attention: Mla[W] | Compressed[W] | Grouped[W]
+    attention: Mla[W] | Compressed[W] | Grouped[W] | Delta[W]
     post_attention_layernorm: Tensor
     gate: Tensor | None
     gate_bias: Tensor | None
@@ -211,6 +232,15 @@ class GroupedGeometry(NamedTuple):
     norm_last: bool
 
 
+class DeltaGeometry(NamedTuple):
+    """Of a gated delta rule: heads of queries and keys, of values, and values of each."""
+
+    key_heads: int
+    value_heads: int
+    K: int
+    V: int
+
+
 class HyperGeometry(NamedTuple):
     """Of hyper-connections: streams, Sinkhorn and Knopp's iterations, their epsilon, the norm's."""
 
@@ -241,6 +271,7 @@ class Geometry(NamedTuple):
     compressed: CompressedGeometry | None = None
     hyper: HyperGeometry | None = None
     grouped: GroupedGeometry | None = None
+    delta: DeltaGeometry | None = None
 
 
 class Pending(NamedTuple):
@@ -276,6 +307,21 @@ class GroupedRows(NamedTuple):
     first: int
     window: int = 0
     sinks_H: Tensor | None = None
+
+
+class DeltaRows(NamedTuple):
+    """What a delta rule folds into its state: ``rows``, float32 [S, X], are of tokens one behind
+    the other, each queries, keys and values before the convolution, then its value heads' b and a.
+    The first ``past`` rows, at most 3, are there for the convolution; tokens before have none.
+
+    ``before``, float32 [value heads, K, V], is the state before the others.  The state behind
+    ``folded`` of them, if any, goes to ``after``, which may be the same memory."""
+
+    rows_SX: Tensor
+    past: int
+    before_HKV: Tensor
+    after_HKV: Tensor
+    folded: int
 
 
 class Mixed(NamedTuple):

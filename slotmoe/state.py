@@ -14,7 +14,8 @@ float32.  V4-Flash adds 3.6 KB a token with 8-bit rows, and 40 MB whatever the c
 The backend says what a row is made of (``latent_row`` of ``slotmoe.quant.backends.base``): the
 native kernels keep 8 bits a value.
 
-Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compressor, T tokens.
+Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compressor, T tokens, H
+heads of values of a delta rule, K and V values of a key and of a value.
 """
 
 import math
@@ -24,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
+from slotmoe.quant.shapes import CONVOLVED, MARKS, Marks
+from slotmoe.tails import Folded, Tail
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Memory of a shape and dtype."""
@@ -32,92 +34,6 @@ NewRows = Callable[[int, int, int, int], Tensor]
 """Memory [L, S, X] of so many layers and rows, of a backend's rows of latent and rope values."""
 Store = Callable[[Tensor, int, Tensor], None]
 """``store_latents`` of the backend."""
-
-
-class Tail:
-    """The last rows of the sequence in some layers: [L, ``room(most)``, ...], of which a sequence
-    of ``length`` tokens needs the last ``needed(length)``, at most ``most``.
-
-    A pass over few tokens appends its rows.  A longer one writes its last rows behind those that
-    were there, so that both are there until it is done.
-    """
-
-    def __init__(
-        self, rows: Tensor, needed: Callable[[int], int], widths: tuple[int, int] | None = None
-    ):
-        self.rows, self.needed, self._keep = rows, needed, rows.shape[1] // 2
-        self.widths = widths  # latent and rope values of a row of the backend's, None of float32
-        self.first = 0  # the position of the first row
-        self._valid = 0  # that of the first one that is right
-        self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
-        self._length = self._next = 0
-        self._before = self.rows[:0]  # the pass's rows so far of the layers that it is in
-
-    @staticmethod
-    def room(most: int) -> int:
-        """How many rows there are of a layer."""
-        return 2 * (most + 1 + SPARE)
-
-    def begin(self, length: int, count: int) -> None:
-        """A pass will append ``count`` rows behind position ``length``."""
-        end, held = length + count, length - self.first
-        if end - self.first > self.rows.shape[1] and held > self._keep:
-            self.rows[:, : self._keep] = self.rows[:, held - self._keep : held].clone()
-            self.first = length - self._keep
-            self._valid = max(self._valid, self.first)
-        self._length, self._next = length, max(self.first, end - self.rows.shape[1])
-
-    def extend(self, layer: int, position: int, new_LTX: Tensor) -> tuple[Tensor, int]:
-        """The rows of the L layers from ``layer`` on, [L, S, ...], up to those of some tokens of
-        the pass from ``position`` on, which are ``new``, and the position of the first of them."""
-        layers, count = slice(layer, layer + len(new_LTX)), new_LTX.shape[1]
-        start, end = position - self.first, position + count
-        if self._next == self.first:
-            rows, first = self.rows[layers, : end - self.first], self.first
-            rows[:, start:] = new_LTX
-        else:
-            before = self.rows[layers, :start] if position == self._length else self._before
-            rows = torch.cat([before[:, -self._keep :], new_LTX], dim=1)
-            first, stop = end - rows.shape[1], end - self._next
-            stays = min(count, max(0, stop - self._keep))
-            self.rows[layers, stop - stays : stop] = new_LTX[:, count - stays :]
-            self._before = rows[:, -self._keep :].clone()
-        for at in range((position // MARK_TOKENS + 1) * MARK_TOKENS, end + 1, MARK_TOKENS):
-            self._mark(at)[layers] = rows[:, at - first - self.needed(at) : at - first]
-        return rows, first
-
-    def done(self) -> None:
-        """The pass has gone through all layers."""
-        if self._next > self.first:
-            self.first, self._valid = self._next, self._next + self._keep
-
-    def has(self, length: int) -> bool:
-        """Whether what a sequence of ``length`` tokens needs is there."""
-        return length - self.needed(length) >= self._valid
-
-    def mark(self, length: int) -> None:
-        """Remember what a sequence of ``length`` tokens needs."""
-        if length not in self.marks:
-            self._mark(length).copy_(self.last(length))
-
-    def _mark(self, length: int) -> Tensor:
-        """The mark at ``length``, made if there is none."""
-        if length not in self.marks:
-            layers, _, *row = self.rows.shape
-            self.marks[length] = self.rows.new_empty((layers, self.needed(length), *row))
-        return self.marks[length]
-
-    def last(self, length: int) -> Tensor:
-        """What a sequence of ``length`` tokens needs, [L, needed, ...]."""
-        needed = self.needed(length)
-        if self.has(length):
-            return self.rows[:, length - needed - self.first : length - self.first]
-        return self.marks[length] if length else self.rows[:, :0]
-
-    def load(self, length: int, last: Tensor) -> None:
-        """Become what ``last`` gave of a sequence of that length."""
-        self.rows[:, : self.needed(length)] = last
-        self.first = self._valid = length - self.needed(length)
 
 
 @dataclass
@@ -160,9 +76,11 @@ class SequenceState:
     not get there leaves the state as it was.  The last 16 tokens can be cut off, any without tails.
     """
 
-    def __init__(self, context: int, kept: Sequence[Rows], tails: Sequence[Tail] = ()):
+    def __init__(
+        self, context: int, kept: Sequence[Rows], tails: Sequence[Tail] = (), marks: Marks = MARKS
+    ):
         self.context, self.length = context, 0
-        self._kept, self._tails = kept, tails
+        self._kept, self._tails, self._places = kept, tails, marks
         self._written = 0  # positions that some pass has reached
         self._ends = list[int]()  # where texts have ended last
 
@@ -179,33 +97,31 @@ class SequenceState:
             self._keep_marks(self._best_marks())
         self._written = max(self._written, self.length + count)
         for tail in self._tails:
-            tail.begin(self.length, count)
+            tail.begin(self.length, count, self._places.between(self.length, self.length + count))
 
     def done(self, count: int) -> None:
         """A pass has appended ``count`` tokens."""
-        start, self.length = self.length, self.length + count
-        passed = range((start // MARK_TOKENS + 1) * MARK_TOKENS, self.length + 1, MARK_TOKENS)
+        self.length += count
         for tail in self._tails:
-            for at in passed:  # a decoder has appended the rows by itself
-                tail.mark(at)
             tail.done()
 
     @property
     def marks(self) -> list[int]:
         """Lengths to which it can be cut that are remembered."""
-        return sorted(self._tails[0].marks) if self._tails else []
+        marks = (tail.marks.keys() for tail in self._tails)
+        return sorted(set.intersection(*map(set, marks))) if self._tails else []
 
     def reach(self, length: int) -> int:
         """The longest length up to ``length`` to which it can be cut."""
-        if length >= self.length or all(tail.has(length) for tail in self._tails):
-            return min(length, self.length)
-        return max((at for at in self.marks if at <= length), default=0)
+        length = min(length, self.length)
+        exact = [length, *(at for tail in self._tails for at in tail.exact)]
+        exact = [at for at in exact if all(tail.has(at) for tail in self._tails)]
+        return max((at for at in (*self.marks, *exact) if at <= length), default=0)
 
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens, which ``reach`` has said can be."""
         for tail in self._tails:
-            if not tail.has(length):
-                tail.load(length, tail.last(length))
+            tail.cut(length)
         self.length = length
         if self._tails:
             self._keep_marks(self.marks)
@@ -224,13 +140,14 @@ class SequenceState:
         """A text ends there, at a length that it can be cut to: it can be later too, as long as
         that is among those that are remembered."""
         if length:
-            self._ends = [*(at for at in self._ends if at != length), length][-MOST_ENDS:]
+            self._ends = [*(at for at in self._ends if at != length), length]
+            self._ends = self._ends[-self._places.ends :]
             for tail in self._tails:
                 tail.mark(length)
             self._keep_marks([at for at in self.marks if self._may_stay(at)])
 
     def _may_stay(self, mark: int) -> bool:
-        return mark % MARK_TOKENS == 0 or mark in self._ends
+        return mark in self._places.between(mark - 1, mark) or mark in self._ends
 
     def _keep_marks(self, lengths: Collection[int]) -> None:
         """Forget all marks but these, and those of tokens that are not there."""
@@ -241,7 +158,7 @@ class SequenceState:
     def _best_marks(self) -> list[int]:
         """Those where texts have ended last, and others, with the longest gaps between them."""
         marks = [at for at in self.marks if self._may_stay(at)]
-        while len(marks) > MOST_MARKS:
+        while len(marks) > self._places.most:
             triples = zip(marks, marks[1:], marks[2:], strict=False)
             gaps = {at: after - before for before, at, after in triples if at not in self._ends}
             marks.remove(min(gaps, key=gaps.__getitem__))
@@ -372,24 +289,34 @@ class CompressedCache(SequenceState):
 class GroupedCache(SequenceState):
     """Keys and values of grouped-query attention: for each group of each layer a row of a token, of
     ``width`` values and ``width`` of the key.  ``windows`` says of each layer how many tokens see
-    each other there: 0 for all, whose rows stay in ``rows``; others are in ``window``."""
+    each other there: 0 for all, whose rows stay in ``rows``; others are in ``window``; layers of -1
+    keep nothing here, but what they do in ``more``."""
 
-    def __init__(self, context: int, groups: int, width: int, windows: Sequence[int], new: NewRows):
+    def __init__(
+        self,
+        context: int,
+        groups: int,
+        width: int,
+        windows: Sequence[int],
+        new: NewRows,
+        more: Sequence[Tail] = (),
+        marks: Marks = MARKS,
+    ):
         self._windows, self._groups = windows, groups
         self._row_of = [
-            groups * sum((other > 0) == (own > 0) for other in windows[:layer])
+            groups * sum(other >= 0 and (other > 0) == (own > 0) for other in windows[:layer])
             for layer, own in enumerate(windows)
         ]
         kept, tails = list[Rows](), list[Tail]()
         full, most = windows.count(0), max(windows) - 1
         if full:
             kept = [Rows(new(groups * full, context, width, width), (width, width))]
-        if count := len(windows) - full:
+        if count := sum(window > 0 for window in windows):
             rows = new(groups * count, Tail.room(most), width, width)
             tails = [Tail(rows, lambda length: min(length, most), (width, width))]
         self.window = tails[0] if tails else None
-        self.rows = kept[0].rows if kept else tails[0].rows[:0]
-        super().__init__(context, kept, tails)
+        self.rows = kept[0].rows if kept else new(0, 0, width, width)
+        super().__init__(context, kept, [*tails, *more], marks)
 
     def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:
         """The rows of the layer's groups, [G, S, X], up to those of some tokens of the pass from
@@ -401,6 +328,32 @@ class GroupedCache(SequenceState):
         rows_GSX = self.rows[row : row + self._groups, : position + new_GTX.shape[1]]
         rows_GSX[:, position:] = new_GTX
         return rows_GSX, 0
+
+
+class DeltaCache(GroupedCache):
+    """Beside those of the layers with grouped queries, of each layer with a delta rule, of which
+    ``delta_of`` is the number among them: ``states`` [L, 2, H, K, V], float32, and ``inputs``, the
+    ``columns`` that it made of the last tokens, float32."""
+
+    def __init__(
+        self,
+        context: int,
+        groups: int,
+        width: int,
+        windows: Sequence[int],
+        new: NewRows,
+        heads: tuple[int, int, int],
+        columns: int,
+        empty: Empty,
+        marks: Marks,
+    ):
+        layers, most = windows.count(-1), CONVOLVED - 1
+        rows = empty((layers, Tail.room(most), columns), torch.float32)
+        self.inputs = Tail(rows, lambda length: min(length, most))
+        self.states = Folded(empty((layers, 2, *heads), torch.float32), self.inputs)
+        self.delta_of = [windows[:layer].count(-1) for layer in range(len(windows))]
+        more = self.inputs, self.states
+        super().__init__(context, groups, width, windows, new, more, marks)
 
 
 def plain_row(latent: int, rope: int) -> tuple[int, torch.dtype]:

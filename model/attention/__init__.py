@@ -6,13 +6,21 @@ from typing import Any
 
 from torch import Tensor, dtype
 
-from slotmoe.border import Chunk, Compressed, Geometry, Grouped, Mla
+from slotmoe.border import Chunk, Compressed, Delta, Geometry, Grouped, Mla
 from slotmoe.model.attention.compressed import CompressedAttention
-from slotmoe.model.attention.grouped import GroupedAttention
+from slotmoe.model.attention.grouped import DeltaAttention, GroupedAttention
 from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.state import CompressedCache, Empty, GroupedCache, LatentCache, SequenceState
+from slotmoe.quant.shapes import MARKS, Marks
+from slotmoe.state import (
+    CompressedCache,
+    DeltaCache,
+    Empty,
+    GroupedCache,
+    LatentCache,
+    SequenceState,
+)
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,
@@ -25,14 +33,20 @@ def attentions(geometry: Geometry, backend: TorchBackend) -> Mapping[type, Atten
         Mla: LatentAttention(geometry, backend),
         Compressed: CompressedAttention(geometry, backend),
         Grouped: GroupedAttention(geometry, backend),
+        Delta: DeltaAttention(geometry, backend),
     }
 
 
 def new_state(
-    config: Config, context: int, row: Callable[[int, int], tuple[int, dtype]], empty: Empty
+    config: Config,
+    context: int,
+    row: Callable[[int, int], tuple[int, dtype]],
+    empty: Empty,
+    marks: Marks = MARKS,
 ) -> SequenceState:
     """The state of an empty sequence with room for ``context`` tokens, in memory of ``empty(shape,
-    dtype)``; ``row`` of the backend gives the elements of a row of latent and rope values."""
+    dtype)``; ``row`` of the backend gives the elements of a row of latent and rope values;
+    ``marks`` are of a sequence with delta rules."""
     c = config
 
     def rows(layers: int, count: int, latent: int, rope: int) -> Tensor:
@@ -41,7 +55,11 @@ def new_state(
 
     if c.grouped is not None:
         windows = [c.window(layer) for layer in range(c.num_hidden_layers)]
-        return GroupedCache(context, c.grouped.groups, c.grouped.head_dim, windows, rows)
+        given = context, c.grouped.groups, c.grouped.head_dim, windows, rows
+        if (d := c.delta) is None:
+            return GroupedCache(*given)
+        heads = d.num_value_heads, d.key_head_dim, d.value_head_dim
+        return DeltaCache(*given, heads, d.columns, empty, marks)
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
     keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:

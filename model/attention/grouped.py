@@ -1,7 +1,9 @@
-"""Grouped-query attention (arXiv 2305.13245): some heads of queries share one of keys and values.
+"""Grouped-query attention (arXiv 2305.13245): some heads of queries share one of keys and values;
+and what may stand in other layers in its place, a gated delta rule (arXiv 2412.06464): all tokens
+before are one matrix a head, into which each token writes and from which it reads.
 
 Shapes: T tokens of this pass, D hidden_size, H heads, G groups of them, N heads or groups, Z
-head_dim, P rotated values of it, X elements of a cached row, S rows.
+head_dim, P rotated values of it, X elements of a cached row, or columns of a delta rule, S rows.
 """
 
 from typing import cast
@@ -9,9 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Geometry, Grouped, GroupedRows
+from slotmoe.border import Chunk, Delta, DeltaRows, Geometry, Grouped, GroupedRows
 from slotmoe.quant.backends.base import Prepared, TorchBackend
-from slotmoe.state import GroupedCache
+from slotmoe.quant.shapes import CONVOLVED
+from slotmoe.state import DeltaCache, GroupedCache
 
 
 class GroupedAttention:
@@ -41,7 +44,10 @@ class GroupedAttention:
             outputs.append(backend.grouped(q_THZ[start:stop], cached, g.softmax_scale))
             start = stop
         o_THZ = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self._linear(o_THZ.reshape(T, -1), w.o_proj, w.o_bias)
+        o_TX = o_THZ.reshape(T, -1)
+        if w.q_gate is not None:
+            o_TX = backend.gated(o_TX, backend.linear(x_TD, w.q_gate))
+        return self._linear(o_TX, w.o_proj, w.o_bias)
 
     def _linear(self, x_TD: Tensor, weight: Prepared, bias: Tensor | None) -> Tensor:
         y_TX = self._backend.linear(x_TD, weight)
@@ -63,3 +69,38 @@ class GroupedAttention:
         """Each head normed, or the whole row where the weight is as wide."""
         backend, eps = self._backend, self._geometry.eps
         return backend.rms_norm(x.reshape(-1, len(norm)), norm, eps).view(x.shape)
+
+
+class DeltaAttention:
+    """That rule, each sequence over its own state."""
+
+    def __init__(self, geometry: Geometry, backend: TorchBackend):
+        self._geometry, self._backend = geometry, backend
+
+    def __call__(self, chunk: Chunk, weights: Delta[Prepared], x_TD: Tensor) -> Tensor:
+        """What it gives for the tokens of ``chunk`` in its layer, float32 [T, D]."""
+        g, backend, w = self._geometry, self._backend, weights
+        assert g.delta is not None
+        inputs = (w.in_proj_qkv, w.in_proj_b, w.in_proj_a)
+        rows_TX = torch.cat([backend.linear(x_TD, weight) for weight in inputs], dim=-1)
+        z_TX = backend.linear(x_TD, w.in_proj_z)
+        outputs, start = list[Tensor](), 0
+        for state, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
+            cache, position = cast(DeltaCache, state), state.length + before
+            layer, done = cache.delta_of[chunk.layer], start - position  # z's row of position 0
+            new_1TX = rows_TX[None, start : start + count]
+            (rows_SX,), first = cache.inputs.extend(layer, position, new_1TX)
+            for step in cache.states.steps(layer, position, position + count):
+                past = min(CONVOLVED - 1, step.at)
+                folded = DeltaRows(
+                    rows_SX[step.at - past - first : step.stop - first],
+                    past,
+                    step.before,
+                    step.after,
+                    step.folds - step.at,
+                )
+                z_SX = z_TX[done + max(position, step.at) : done + step.stop]
+                outputs.append(backend.delta(folded, z_SX, w, g.delta, g.eps))
+            start += count
+        o_TX = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return backend.linear(o_TX, w.out_proj)

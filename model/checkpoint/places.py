@@ -18,6 +18,8 @@ Shape legend: R rows that are wanted, C columns of the matrix, G and B blocks of
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +32,7 @@ from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint.encodings import METHODS, Encoding
 from slotmoe.model.checkpoint.shards import DTYPES, Read, TensorInfo
 from slotmoe.model.config import Config
-from slotmoe.model.names import FUSED, layer_tensor, role_of, split_expert
+from slotmoe.model.names import FUSED, layer_tensor, role_of, split_expert, stored_rows
 
 SCALES = (torch.float8_e8m0fnu, torch.float32, torch.bfloat16, torch.float16)  # mxfp4: the first
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
@@ -39,6 +41,7 @@ _INT4 = torch.arange(-8.0, 8.0)
 MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
 OF_E2M1 = torch.tensor([*range(8, 16), *range(7, -1, -1)], dtype=torch.uint8)
 Shape = tuple[int, ...]
+Rows = Callable[[int, int], Tensor]
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int64, torch.int32)
@@ -180,6 +183,44 @@ class Column(TensorInfo):
         return rows_RK.reshape(-1, *self.shape[1:]).to(self.dtype).contiguous()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made(TensorInfo):
+    """What ``make(rows, start, stop)`` makes of rows of ``stored``, which ``rows(start, stop)``
+    gives."""
+
+    stored: TensorInfo
+    make: Callable[[Rows, int, int], Tensor]
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.stored, *self.stored.parts)
+
+    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
+        return self.make(partial(self.stored.rows, read), start, stop)
+
+
+def _picking(ranges: list[range]) -> Callable[[Rows, int, int], Tensor]:
+    """Gives the rows of these ``ranges``."""
+    picked_R = torch.tensor([*chain(*ranges)])
+
+    def pick(rows: Rows, start: int, stop: int) -> Tensor:
+        wanted_R = picked_R[start:stop]
+        first, last = int(wanted_R.min()), int(wanted_R.max())
+        return rows(first, last + 1)[wanted_R - first]
+
+    return pick
+
+
+def _transposed(rows: Rows, start: int, stop: int, count: int) -> Tensor:
+    """Taps of a convolution, of which ``count`` channels have each a row."""
+    return rows(0, count).t()[start:stop].contiguous()
+
+
+def _one_more(rows: Rows, start: int, stop: int) -> Tensor:
+    """A norm, float32, that is stored as what it is more than 1."""
+    return rows(start, stop).float() + 1
+
+
 @dataclass
 class Places:
     """Finds weights among the tensors of the checkpoint at ``where``, ``stored`` by the network's
@@ -196,6 +237,22 @@ class Places:
 
     def find(self, name: str, shape: Shape) -> TensorInfo:
         """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this shape."""
+        stored, whole, make = name, shape, None
+        if (joined := stored_rows(name, self.config)) is not None:
+            stored, count, ranges = joined
+            whole, make = (count, *shape[1:]), _picking(ranges)
+        elif name.endswith("linear_attn.conv1d.weight"):
+            whole, make = (shape[1], 1, shape[0]), partial(_transposed, count=shape[1])
+        elif self.config.family.norms_less_one and role_of(name) == "norm":
+            make = _one_more
+        info = self._find(stored, whole)
+        if make is None:
+            return info
+        dtype = torch.float32 if make is _one_more else info.dtype
+        return Made(name, info.path, dtype, shape, info.offset, stored=info, make=make)
+
+    def _find(self, name: str, shape: Shape) -> TensorInfo:
+        """A weight as it is stored."""
         tensor, whole, first, encoding = name, shape, 0, self.config.encoding
         expert = split_expert(name)
         if expert is not None and self.config.family.interleaved:

@@ -244,9 +244,10 @@ class _Loader:
         checkpoint = opened.enter_context(open_checkpoint(self._folder))
         tokenizer = self._configure(checkpoint.small_file)
         config, backend, device = self._config, self._backend, self._device
+        marks = memory.choose_marks(config, self.budget, 1)
         components = {  # the checkpoint's own precision; the cache in float32
             "resident weights": checkpoint.nbytes,
-            "KV cache": kv_bytes(config, self._context, "torch", value_bytes=4),
+            "KV cache": kv_bytes(config, self._context, "torch", value_bytes=4, marks=marks),
             "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
         }
         if device.tier == "ram":
@@ -258,7 +259,7 @@ class _Loader:
         records, slots = CheckpointRecords(config, weights), resident_slots(config, device)
         experts = Experts(config.moe_layers, records, slots, backend, device)
         network = Network(config, weights, backend, experts)
-        states = [new_state(config, self._context, plain_row, device.empty)]
+        states = [new_state(config, self._context, plain_row, device.empty, marks)]
         parts = {"tokenizer": tokenizer, "source": checkpoint, "experts": experts, "states": states}
         return network, parts
 
@@ -349,7 +350,7 @@ class _Loader:
             self._ready(store, experts)
         head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
         states = [
-            new_state(config, self._context, backend.latent_row, device.empty)
+            new_state(config, self._context, backend.latent_row, device.empty, plan.marks)
             for _ in range(options.sequences)
         ]
         parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}

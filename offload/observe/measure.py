@@ -14,7 +14,8 @@ from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.experts.misses import measure_link
-from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, kv_read_bytes, predicted_components
+from slotmoe.offload.plan.advice import by_tier, predicted_components
+from slotmoe.offload.plan.memory import HELP_BYTES, kv_read_bytes
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import layer_file

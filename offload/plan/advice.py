@@ -5,6 +5,7 @@ import json
 import math
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -19,7 +20,7 @@ from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
-from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
+from slotmoe.offload.plan.memory import PREFILL_CHUNK, Plan, Sizes, sizes_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.sizes import format_size
@@ -280,7 +281,7 @@ class Scenario:
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))
             ways.append(f"a smaller model: v2-lite, {size} of resident weights")
-        needs = by_tier(memory.by_name(self.plan))
+        needs = by_tier(by_name(self.plan))
         raised = [f"--{tier} {_rounded_up(needs[tier])}" for tier in self.plan.shortfall]
         return [*ways, " and ".join(raised)][:3]
 
@@ -288,7 +289,7 @@ class Scenario:
         """All of it under the names that ``slotmoe plan --json`` gives."""
         plan, machine, config = self.plan, self.machine, self.model.config
         experts = len(config.moe_layers) * config.n_routed_experts
-        components = memory.by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
+        components = by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
         gpu, rates = machine.vram is not None, machine.bandwidths
         tiers = ("ram", "disk", "gpu", "pcie", "experts") if gpu else ("ram", "disk")
 
@@ -318,7 +319,7 @@ class Scenario:
             "core": {name: known(name, "per_second") for name in CORE},
             "constants": constants(rates, gpu, config),
             "largest_context": self.largest_context(),
-            "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
+            "predicted_peak": by_tier(predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),
             "settings": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
             | {"threads": machine.threads, "context": self.context},
@@ -386,3 +387,35 @@ def _alone(choice: Json, calibrated: bool) -> float | None:
     wanted = choice | {"calibrated": calibrated and takes_text(choice)}
     found = (row for row in measured()["rows"] if wanted.items() <= row.items())
     return next((row["kl_divergence"] for row in found), None)
+
+
+def predicted_components(
+    plan: Plan, prompt_tokens: int, new_tokens: int
+) -> dict[str, dict[str, int]]:
+    """Name -> tier -> bytes at a run's peak: the plan, less what a short prompt or text spares."""
+    components = by_name(plan)
+    step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
+    for name, part, whole in (
+        ("KV cache", min(prompt_tokens + new_tokens, plan.context), plan.context),
+        ("prefill scratch", step, PREFILL_CHUNK),
+        ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
+    ):
+        components[name][plan.tier] = components[name][plan.tier] * part // whole
+    return components
+
+
+def by_name(plan: Plan) -> dict[str, dict[str, int]]:
+    """Name -> tier -> bytes of all components."""
+    components: dict[str, dict[str, int]] = {}
+    for tier, (_, parts) in plan.tiers.items():
+        for name, size in parts.items():
+            components.setdefault(name, {})[tier] = size
+    return components
+
+
+def by_tier(components: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Tier -> bytes of all components."""
+    total = Counter[str]()
+    for parts in components.values():
+        total.update(parts)
+    return dict(total)

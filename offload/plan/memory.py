@@ -15,15 +15,15 @@ from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
 from slotmoe.offload.policy.passes import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import (
+    CONVOLVED,
     FEW_ROWS,
     LEVELS_BYTES,
-    MARK_TOKENS,
-    MOST_ENDS,
-    MOST_MARKS,
+    MARKS,
     PART_ROWS,
     SPANS,
     SPARE,
     SPLITS,
+    Marks,
     latent_bytes,
     padded_record_bytes,
     resident_bytes,
@@ -34,6 +34,7 @@ PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some l
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 PAGE, PAGE_ENTRY = 4096, 8  # bytes of a page of locked RAM, and of its entry in the GPU's tables
+MARKED_TOKENS = 1024  # at least, between two copies of the states of delta rules
 DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
 # What importing the libraries takes, with torch 2.13 for CPUs; a running process knows its figure.
@@ -52,7 +53,8 @@ def share_of(free: int, locked: bool = False) -> int:
 class _Kept:
     """Rows that some layers keep: one of every ``ratio`` tokens for good, in ``row`` bytes, or none
     for 0; and of the last ``most`` tokens, ``regular`` of them at a mark that is no text's end,
-    ``last`` bytes a token.  A token reads ``topk`` rows at most, all for 0."""
+    ``last`` bytes a token; or ``held`` states of all tokens together, each of which a token reads
+    or writes.  It reads ``topk`` rows at most, all for 0."""
 
     ratio: int
     row: int
@@ -60,24 +62,26 @@ class _Kept:
     regular: int
     last: int
     topk: int = 0
+    held: int = 0
 
-    def nbytes(self, positions: int) -> int:
+    def nbytes(self, positions: int, marks: Marks) -> int:
         rows = self.row * max(1, positions // self.ratio) if self.ratio else 0
-        marks = MOST_ENDS * self.most + MOST_MARKS * self.regular
-        return rows + self.last * (2 * (self.most + 1 + SPARE) + marks)
+        marked = marks.ends * self.most + marks.most * self.regular
+        return rows + self.last * ((self.held or 2 * (self.most + 1 + SPARE)) + marked)
 
     def read_bytes(self, length: int) -> int:
         if not self.ratio:
-            return self.last * min(length, self.most)
+            return self.last * (self.held or min(length, self.most))
         rows = length // self.ratio
         return self.row * min(rows, self.topk or rows) + self.last * (self.most + 1) // self.ratio
 
 
 def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
     """What a model keeps: latents and index keys; or keys and values of groups, of all tokens or of
-    a window; or where attention compresses, the window, and compressed rows by their ratio, twice
-    where they have keys for an indexer.  ``native`` kernels keep 8 bits a value, with 16 bytes of
-    scales and sums a row, others ``value_bytes``."""
+    a window, and what goes into delta rules, and their states; or where attention compresses, the
+    window, and compressed rows by their ratio, twice where they have keys for an indexer.
+    ``native`` kernels keep 8 bits a value, with 16 bytes of scales and sums a row, others
+    ``value_bytes``."""
 
     def row(latent: int, rope: int) -> int:
         return latent_bytes(latent, rope) if kernels == "native" else (latent + rope) * value_bytes
@@ -89,9 +93,12 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
         own, windows = a.groups * row(a.head_dim, a.head_dim), a.windows
         full = len(layers) - len(windows) + windows.count(0)  # with that of the mtp head
         yield _Kept(1, full * own, 0, 0, 0)
-        if any(windows):
-            most = max(windows) - 1
+        if (most := max(windows) - 1) >= 0:
             yield _Kept(0, 0, most, most, (len(layers) - full) * own)
+        if (d := config.delta) is not None:
+            rules, most = windows.count(-1), CONVOLVED - 1
+            yield _Kept(0, 0, most, most, rules * 4 * d.columns)
+            yield _Kept(0, 0, 1, 1, rules * 4 * d.state_values, held=2)
         return
     if c is None:
         latent = row(config.kv_lora_rank, config.qk_rope_head_dim)
@@ -110,12 +117,18 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
             yield _Kept(ratio, count * row(values, 0), span - 1, overlaps * ratio, last, most_read)
 
 
-def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
+def kv_bytes(
+    config: Config,
+    positions: int,
+    kernels: str = "native",
+    value_bytes: int = 2,
+    marks: Marks = MARKS,
+) -> int:
     """Bytes of the KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a
     layer each, and ``index_head_dim`` in layers with an indexer; with grouped queries a value and a
-    key of each group, and windows with all possible marks.  Where attention compresses: a window,
-    compressed rows, uncompressed tokens in float32, all possible marks."""
-    return sum(kept.nbytes(positions) for kept in _kept(config, kernels, value_bytes))
+    key of each group, and windows, or states of delta rules, with all possible marks.  Where
+    attention compresses: a window, compressed rows, uncompressed tokens in float32, and marks."""
+    return sum(kept.nbytes(positions, marks) for kept in _kept(config, kernels, value_bytes))
 
 
 def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 2) -> int:
@@ -124,9 +137,20 @@ def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 
 
 
 def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes: int = 2) -> int:
-    """Bytes of the marks that a pass over so many tokens makes."""
-    kept = _kept(config, kernels, value_bytes)
-    return tokens // MARK_TOKENS * sum(one.regular * one.last for one in kept)
+    """Bytes of the marks that a pass over so many tokens makes; with delta rules it makes one,
+    which is among all."""
+    kept = _kept(config, kernels, value_bytes) if config.delta is None else ()
+    return tokens // MARKS.tokens * sum(one.regular * one.last for one in kept)
+
+
+def choose_marks(config: Config, budget: int, sequences: int) -> Marks:
+    """Where sequences can be cut.  With delta rules a mark is a copy of the states of all: as many
+    as a 32nd of the budget holds, 4 to 8, the last half of them of texts' ends."""
+    if config.delta is None:
+        return MARKS
+    size = sum(kept.regular * kept.last for kept in _kept(config, "native", 2) if not kept.ratio)
+    most = min(8, max(4, budget // 32 // sequences // size))
+    return Marks(MARKED_TOKENS, most, most // 2, early=1)
 
 
 def choose_context(config: Config, wanted: int | None) -> int:
@@ -217,9 +241,13 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
 
 def _more_scratch(c: Config) -> int:
     """Values of 32 bits that a token has in attention with an indexer: its queries and key before
-    and after rotation, and lists of rows; what compressors project; and of several residual streams
-    beside one: themselves, and three copies where they are mixed."""
+    and after rotation, and lists of rows; what compressors project, and what goes into delta rules;
+    and of several residual streams beside one: themselves, and three copies where they are mixed.
+    """
     values = 0 if c.hyper is None else 4 * c.stream_width - c.hidden_size
+    if c.delta is not None:  # beyond what other layers take
+        own = 3 * c.delta.columns + 4 * c.delta.num_value_heads * c.delta.value_head_dim
+        values += max(0, own - c.num_attention_heads * 4 * c.kv_lora_rank)
     if c.indexer is not None:
         values += 3 * c.indexer.topk + 3 * (c.indexer.n_heads + 1) * c.indexer.head_dim
         if c.compressed is not None:
@@ -294,6 +322,7 @@ class Plan:
     host_slots: int = 0
     host_staging: int = 0
     host_budget: int = 0
+    marks: Marks = MARKS
 
     @property
     def tiers(self) -> dict[str, tuple[int, dict[str, int]]]:
@@ -346,6 +375,7 @@ def make_plan(
     ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
+    marks = choose_marks(config, budget, sequences)
     if slots is not None and slots < top_k:
         reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
         raise PlanError(f"{slots} expert slots are too few: {reason}")
@@ -353,7 +383,7 @@ def make_plan(
     table = 4 * (everything + config.n_routed_experts) + LEVELS_BYTES
     components = {
         **sizes.resident,
-        "KV cache": sequences * kv_bytes(config, context, kernels),
+        "KV cache": sequences * kv_bytes(config, context, kernels, marks=marks),
         "logits": 4 * logits_rows * config.vocab_size,
         **({"runtime": runtime} if on_cpu else {"slot table": table}),
     }
@@ -362,11 +392,7 @@ def make_plan(
     tables = 0 if host_budget is None else _page_tables((in_ram + 5 * max(top_k, LENT)) * record)
     room = budget - sum(components.values()) - scratch - tables
     is_scarce = min(room // record, slots or everything) < everything
-    most = {"native": FEW_DRAFTED if is_scarce else MOST_DRAFTED}
-    most |= {"triton": FEW_ROWS - 1} if config.indexer is None else {}
-    drafted, sums = most.get(kernels, 0) if drafts else 0, 0
-    if kernels == "native":
-        sums = drafted * 4 * SPANS * config.num_attention_heads * config.kv_lora_rank
+    drafted, sums = _drafted(config, kernels, is_scarce) if drafts else (0, 0)
     room, chunk = room - sums, PREFILL_CHUNK
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
@@ -381,8 +407,18 @@ def make_plan(
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
-    plan = Plan(components, count, staging, record, budget, tier, context, chunk, drafted)
+    marks = marks._replace(tokens=max(marks.tokens, chunk * marks.early))  # one a pass at most
+    given = components, count, staging, record, budget, tier, context, chunk, drafted
+    plan = Plan(*given, marks=marks)
     return plan if host_budget is None else _above(plan, runtime, host_budget, everything, top_k)
+
+
+def _drafted(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:
+    """Rows that a pass of decode may have beside its certain ones, and bytes of their sums."""
+    if kernels == "native":
+        count = FEW_DRAFTED if is_scarce else MOST_DRAFTED
+        return count, count * 4 * SPANS * config.num_attention_heads * config.kv_lora_rank
+    return (FEW_ROWS - 1) * (kernels == "triton" and config.indexer is None), 0
 
 
 def _above(plan: Plan, runtime: int, budget: int, everything: int, top_k: int) -> Plan:
@@ -412,35 +448,3 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
         return everything, 4 * top_k
     staging = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
     return min(wanted, room - staging), staging
-
-
-def predicted_components(
-    plan: Plan, prompt_tokens: int, new_tokens: int
-) -> dict[str, dict[str, int]]:
-    """Name -> tier -> bytes at a run's peak: the plan, less what a short prompt or text spares."""
-    components = by_name(plan)
-    step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
-    for name, part, whole in (
-        ("KV cache", min(prompt_tokens + new_tokens, plan.context), plan.context),
-        ("prefill scratch", step, PREFILL_CHUNK),
-        ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
-    ):
-        components[name][plan.tier] = components[name][plan.tier] * part // whole
-    return components
-
-
-def by_name(plan: Plan) -> dict[str, dict[str, int]]:
-    """Name -> tier -> bytes of all components."""
-    components: dict[str, dict[str, int]] = {}
-    for tier, (_, parts) in plan.tiers.items():
-        for name, size in parts.items():
-            components.setdefault(name, {})[tier] = size
-    return components
-
-
-def by_tier(components: dict[str, dict[str, int]]) -> dict[str, int]:
-    """Tier -> bytes of all components."""
-    total = Counter[str]()
-    for parts in components.values():
-        total.update(parts)
-    return dict(total)

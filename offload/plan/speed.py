@@ -365,12 +365,16 @@ class Setting:
 
 
 def attention_products(config: Config, length: int) -> int:
-    """Multiply-adds of scores and sums, and of an indexer's scores, for a token behind so many."""
+    """Multiply-adds of scores and sums, of an indexer's scores, and of delta rules, for a token
+    behind so many."""
     c, total, compresses = config, 0, config.compressed is not None
     window = 0 if c.compressed is None else min(length, c.compressed.sliding_window)
     for layer in range(c.num_hidden_layers):
         ratio = c.ratio(layer) if compresses else 1
         rows = min(length // ratio, c.window(layer) or length) if ratio else 0
+        if c.delta is not None and c.has_delta(layer):  # read twice, written once, and faded
+            total += 4 * c.delta.state_values
+            continue
         if c.indexer is not None:
             if c.has_indexer(layer):
                 total += c.indexer.n_heads * c.indexer.head_dim * rows

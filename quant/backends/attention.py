@@ -2,20 +2,24 @@
 
 Shapes: T tokens, H heads, R kv_lora_rank, S cached positions, B a block of them, L rows of a list,
 G groups of heads, Z and Y widths of a key and of a value, X rows of queries, or elements of a
-cached row, J heads of an indexer, A index_head_dim.
+cached row, J heads of an indexer, A index_head_dim; of a delta rule, J and H heads of keys and of
+values, K and V values of each, Y columns of all.
 """
 
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import GroupedRows, ListedRows
+from slotmoe.border import Delta, DeltaGeometry, DeltaRows, GroupedRows, ListedRows
+from slotmoe.quant.kernels.cpu.weights import Prepared
 
 _GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once
 # Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
 _MAX_BLOCK = 4096
 _MAX_SCORES = 1 << 22
+_UNIT = 1e-6  # added to the squared length of a delta rule's queries and keys
 
 
 def first_best(scores_TS: Tensor, k: int) -> Tensor:
@@ -135,6 +139,49 @@ class TorchAttention:
         rows = (rows_GBX.float() for rows_GBX in rows_GSX.split(block_size(H * T), dim=1))
         blocks = ((rows_GBX[..., Z:], rows_GBX[..., :Z]) for rows_GBX in rows)
         return attend(q_GXZ, blocks, S, T, window, sinks).view(H, T, Z).transpose(0, 1)
+
+    def gated(self, x_TX: Tensor, gate_TX: Tensor) -> Tensor:
+        """``x`` times the sigmoid of ``gate``, float32 [T, X]."""
+        return x_TX * gate_TX.sigmoid()
+
+    def delta(
+        self,
+        cached: DeltaRows,
+        z_TX: Tensor,
+        weights: Delta[Prepared],
+        sizes: DeltaGeometry,
+        eps: float,
+    ) -> Tensor:
+        """What a gated delta rule (arXiv 2412.06464) gives for the last T rows, float32 [T, X],
+        normed a head and times the SiLU of ``z``.  Token by token, so that a token's result is that
+        of it alone: S *= decay; S += k (x) beta (v - S k); o = S q."""
+        (rows_SX, past, before_HKV, after_HKV, folded), (J, H, K, V) = cached, sizes
+        n, w = len(rows_SX) - past, weights
+        raw_SY, b_SH, a_SH = rows_SX.split([2 * J * K + H * V, H, H], dim=-1)
+        raw_SY = F.pad(raw_SY, (0, 0, len(w.conv) - 1 - past, 0))
+        mixed_SY = sum(tap_Y * raw_SY[i : i + n] for i, tap_Y in enumerate(w.conv))
+        q_SX, k_SX, v_SX = F.silu(mixed_SY).split([J * K, J * K, H * V], dim=-1)
+        q_SHK, k_SHK = (
+            (x_SJK * torch.rsqrt(x_SJK.square().sum(-1, keepdim=True) + _UNIT)).repeat_interleave(
+                H // J, dim=1
+            )
+            for x_SJK in (q_SX.view(n, J, K), k_SX.view(n, J, K))
+        )
+        decay_SH = (-w.a_log.exp() * F.softplus(a_SH[past:] + w.dt_bias)).exp()
+        beta_SH = b_SH[past:].sigmoid()
+        state_HKV, outputs = before_HKV.clone(), list[Tensor]()
+        for at in range(n):
+            k_HK1 = k_SHK[at, :, :, None]
+            state_HKV *= decay_SH[at, :, None, None]
+            known_HV = (state_HKV * k_HK1).sum(dim=1)
+            new_HV = (v_SX[at].view(H, V) - known_HV) * beta_SH[at, :, None]
+            state_HKV += k_HK1 * new_HV[:, None]
+            outputs.append((state_HKV * q_SHK[at, :, :, None]).sum(dim=1))
+            if at + 1 == folded:
+                after_HKV.copy_(state_HKV)
+        o_THV = torch.stack(outputs[n - len(z_TX) :]) * K**-0.5
+        o_THV = F.rms_norm(o_THV, (V,), w.value_norm, eps)
+        return o_THV.flatten(1) * F.silu(z_TX)
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int

@@ -18,6 +18,7 @@ from slotmoe import border
 from slotmoe.border import (
     Chunk,
     Compressed,
+    Delta,
     Geometry,
     Grouped,
     GroupedRows,
@@ -28,6 +29,7 @@ from slotmoe.border import (
     Mla,
     Router,
 )
+from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
@@ -42,8 +44,9 @@ from slotmoe.quant.kernels.cpu.weights import (
     bind_router,
 )
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
-from slotmoe.state import CompressedCache, Group, GroupedCache, LatentCache, SequenceState, Tail
+from slotmoe.state import CompressedCache, Group, GroupedCache, LatentCache, SequenceState
 from slotmoe.system import Placement
+from slotmoe.tails import Tail
 
 # Whose seconds a native decode call reports.
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
@@ -338,10 +341,13 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
-        whole rows normed behind their rotation."""
+        whole rows normed behind their rotation.  Raises ``ConfigError`` for a delta rule."""
         mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
+            if isinstance(layer.attention, Delta):
+                problem = "the native kernels compute no delta rule"
+                raise ConfigError(f"{problem}; give --kernels torch")
             if isinstance(attention := layer.attention, Mla):
                 is_native = isinstance(attention.kv_b_proj, Absorbed)
             elif isinstance(attention, Grouped):

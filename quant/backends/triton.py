@@ -34,7 +34,7 @@ from slotmoe.quant.backends.attention import first_best
 from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_few import ROWS, FewExperts, operand, power
-from slotmoe.quant.kernels.triton import lists, streams, tiles
+from slotmoe.quant.kernels.triton import tiles, v4
 from slotmoe.quant.shapes import PART_ROWS, SPLITS, SWIGLU, Activation
 
 # Triton 3.9 warns that its default will change; this is the present one.
@@ -150,19 +150,19 @@ class TritonBackend(TorchBackend):
     def attend(self, q_THW: Tensor, listed: ListedRows, R: int, scale: float) -> Tensor:
         rows_SX, more_SX, lists_TL, sinks_H = listed
         (T, H, W), L, device = q_THW.shape, lists_TL.shape[1], q_THW.device
-        parts = 1 if T > _FEW else triton.cdiv(L, lists.SHARE.value)
+        parts = 1 if T > _FEW else triton.cdiv(L, v4.SHARE.value)
         y_THR, blocks = torch.empty(T, H, R, device=device), triton.cdiv(H, 16)
         part, best, total = y_THR, None, None
         if parts > 1:
             part, best, total = (torch.empty(T, H, parts, n, device=device) for n in (R, 1, 1))
-        lists.attend[(parts, blocks, T)](
+        v4.attend[(parts, blocks, T)](
             q_THW.contiguous(), rows_SX, more_SX, len(rows_SX), lists_TL.contiguous(), L, scale,
             sinks_H, part, best, total, H, R, W - R,
             WHOLE=parts == 1, ALIGNED=2 if W % 8 else 16, HEADS=16, LATENT=power(R),
             ROPE=power(W - R), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         if parts > 1:
-            lists.combine[(triton.cdiv(R, 64), blocks, T)](
+            v4.combine[(triton.cdiv(R, 64), blocks, T)](
                 part, best, total, parts, sinks_H, y_THR, H, R,
                 HEADS=16, COLUMNS=64, enable_fp_fusion=False,
             )  # fmt: skip
@@ -172,13 +172,13 @@ class TritonBackend(TorchBackend):
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
         (T, J, A), S = q_TJA.shape, len(keys_SX)
-        share, few = _SCORED if T > _FEW else lists.KEYS.value, max(1, _SCORES // max(1, S))
+        share, few = _SCORED if T > _FEW else v4.KEYS.value, max(1, _SCORES // max(1, S))
         parts = list[Tensor]()
         for start in range(0, T, few):
             given = (x[start : start + few].contiguous() for x in (q_TJA, weights_TJ, counts_T))
             q_BJA, weights_BJ, counts_B = given
             scores_BS = torch.empty(len(q_BJA), S, device=q_TJA.device)
-            lists.scores[(triton.cdiv(S, share), len(q_BJA))](
+            v4.scores[(triton.cdiv(S, share), len(q_BJA))](
                 q_BJA, weights_BJ, keys_SX, counts_B, scores_BS, S, share, J, A,
                 HEADS=power(J), WIDTH=power(A),
             )  # fmt: skip
@@ -190,7 +190,7 @@ class TritonBackend(TorchBackend):
         (B, S, Y), block = kv_BSY.shape, 32
         assert kv_BSY.stride(2) == gate_BSY.stride(2) == 1
         y_BY = torch.empty(B, Y, device=kv_BSY.device)
-        streams.compress[(triton.cdiv(Y, block), B)](
+        v4.compress[(triton.cdiv(Y, block), B)](
             kv_BSY, *kv_BSY.stride()[:2], gate_BSY, *gate_BSY.stride()[:2], bias_SY.contiguous(),
             y_BY, S, Y, ROWS=power(S), COLUMNS=block,
         )  # fmt: skip
@@ -209,10 +209,10 @@ class TritonBackend(TorchBackend):
         """Also how the streams take in what a block gives, into ``mixed``."""
         (T, K), (Q, iterations, small, eps) = h_TD.shape, hyper
         D, N, device = K // Q, len(mixing.base), h_TD.device
-        slices, blocks = triton.cdiv(K, streams.SLICE.value), triton.cdiv(T, streams.TOKENS.value)
+        slices, blocks = triton.cdiv(K, v4.SLICE.value), triton.cdiv(T, v4.TOKENS.value)
         x_TD, part = torch.empty(T, D, device=device), torch.empty(T, slices, N + 1, device=device)
         finished = self._counts(blocks, device)
-        streams.mix[(slices, blocks)](
+        v4.mix[(slices, blocks)](
             h_TD.contiguous(), mixing.fn, mixing.scale, mixing.base, part, finished, x_TD,
             *(mixed or (None, None)), T, D, Q, N, iterations, eps, small,
             STREAMS=triton.next_power_of_2(Q), OUTS=power(N),
@@ -222,7 +222,7 @@ class TritonBackend(TorchBackend):
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
         (T, D), block, out_TX = y_TD.shape, 256, torch.empty_like(h_TD)
         Q = h_TD.shape[1] // D
-        streams.add_mixed[(triton.cdiv(D, block), T)](
+        v4.add_mixed[(triton.cdiv(D, block), T)](
             y_TD.contiguous(), h_TD.contiguous(), *mixed, out_TX, D, Q,
             STREAMS=triton.next_power_of_2(Q), BLOCK=block,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.families import (
     CASES,
+    DELTA_CASES,
     DSA,
     ERNIE,
     GLM,
@@ -28,9 +29,11 @@ from tests.support.families import (
     INDEXED,
     MINIMAX,
     MISTRAL,
+    NEXT,
     OSS,
     QWEN2,
     QWEN3,
+    QWEN35,
     REMOVE,
     SOFTMAX,
     V2,
@@ -62,6 +65,7 @@ def test_reference_path_equals_transformers(name, tmp_path):
 # Cases of V4, V3.2 and GLM-5, and seeds of texts in which rounding decides no choice of a top-k.
 # More heads, so that no token has all of their products negative, and a tie for it.
 SEEDS = {"v4": 0, "v4-odd": 0, "v3.2-sparse-yarn": 3, "glm-5-shared": 3}
+OVER_CHUNKS = 300, [[64, 1, 127, 63, 1, 44], [256, 1, 43]]  # of 64, and over a mark
 LONG = 389, [[1] * 20 + [220, 3, *[1] * 146], [127, 1, 16, 17, 100, 128]]
 SHORT = 70, [[6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]]
 
@@ -73,7 +77,7 @@ def test_passes_of_any_size_equal_transformers(case, tmp_path):
     that end before, at and behind windows' ends, and in chunks of such."""
     more = {"max_position_embeddings": 1024, "index_n_heads": 16} if case in SEEDS else {}
     v4.write_case(tmp_path, case, **more)
-    count, passes = LONG if case in SEEDS else SHORT
+    count, passes = LONG if case in SEEDS else OVER_CHUNKS if case in DELTA_CASES else SHORT
     generator = torch.Generator().manual_seed(SEEDS.get(case, 1))
     ids = torch.randint(2, 4000, (count,), generator=generator).tolist()
     wanted, network = transformers_logits(tmp_path, ids), reference_of(tmp_path)
@@ -164,6 +168,14 @@ WRONG = [  # family, what is wrong, words of the message
     (HUNYUAN, {"moe_topk": [3, 2, 3, 3]}, "moe_topk is [3, 2, 3, 3]"),
     (HUNYUAN, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
     (ERNIE, {"use_bias": True}, "use_bias true only false"),
+    (NEXT, {"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim 3 only 4"),
+    (NEXT, {"linear_num_value_heads": 3}, "linear_num_value_heads 3 linear_num_key_heads 2"),
+    (NEXT, {"linear_key_head_dim": REMOVE}, "linear_key_head_dim is missing"),
+    (NEXT, {TYPE: ["sliding_attention"] * 4}, "layer_types[0] is 'sliding_attention' linear"),
+    (NEXT, {"attention_bias": True}, "attention_bias true only false"),
+    (QWEN35, {"attn_output_gate": False}, "attn_output_gate false only true"),
+    (QWEN35, {"output_gate_type": "sigmoid"}, 'output_gate_type "sigmoid" only "swish"'),
+    (QWEN35, {"full_attention_interval": 1}, "full_attention_interval is 1"),
     *(
         (V3, {"model_type": name}, f'model_type "{name}" ({why}), only')
         for name, why in OTHERS.items()
@@ -208,6 +220,8 @@ MISSING = [
     (OSS, "self_attn.o_proj.bias"),
     (OSS, "mlp.router.bias"),
     (QWEN2, "mlp.shared_expert_gate.weight"),
+    (NEXT, "self_attn.q_proj.weight"),
+    (QWEN35, "self_attn.q_norm.weight"),
 ]
 
 

@@ -73,6 +73,7 @@ def test_calibrated_codes_cost_less_where_it_counts(exports):
 SOURCES = {
     "v4": lambda folder: write_case(folder, "v4"),
     "gpt-oss": lambda folder: write_case(folder, "gpt-oss", **PLAIN_ROPE),
+    "delta": lambda folder: write_case(folder, "next"),
 }
 
 

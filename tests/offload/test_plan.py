@@ -13,7 +13,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan import memory
+from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import geometry_path, gpu_named
 from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
@@ -28,7 +28,7 @@ from slotmoe.offload.plan.speed import (
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.shapes import MARK_TOKENS
+from slotmoe.quant.shapes import MARKS
 from slotmoe.state import plain_row
 from tests.support import streams
 from tests.support.engine import start
@@ -127,16 +127,17 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
         make = lambda shape, dtype: empty(*shape, dtype=dtype)  # noqa: E731
         state = new_state(config, context, KERNELS[kernels], make)
         assert kv_bytes(config, context, *given) == state_bytes(state)
-        state.begin(8 * MARK_TOKENS)
-        if state.snapshot_bytes(MARK_TOKENS):
-            many = range(MARK_TOKENS * 1000, MARK_TOKENS * 1008, MARK_TOKENS)
+        state.begin(8 * MARKS.tokens)
+        if state.snapshot_bytes(MARKS.tokens):
+            many = range(MARKS.tokens * 1000, MARKS.tokens * 1008, MARKS.tokens)
             marks = sum(map(state.snapshot_bytes, many))
-            assert mark_bytes(config, 8 * MARK_TOKENS, *given) == marks
+            marks *= config.delta is None  # of states of delta rules a pass makes one
+            assert mark_bytes(config, 8 * MARKS.tokens, *given) == marks
             if kernels == "torch":  # beyond a chunk, streams and rotations
                 tables = 1 if config.compressed is None else 2
                 row = 4 * (config.stream_width + tables * config.qk_rope_head_dim)
-                waiting = waiting_bytes(config, 512 + 8 * MARK_TOKENS)
-                assert waiting == 8 * MARK_TOKENS * row + marks
+                waiting = waiting_bytes(config, 512 + 8 * MARKS.tokens)
+                assert waiting == 8 * MARKS.tokens * row + marks
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_predictions(name, size, options, setting, prefill, decode):
     found = on.predict(plan.context - 100, 100)
     speeds = found.prefill_tokens_per_second, found.decode_tokens_per_second
     assert speeds == pytest.approx((prefill, decode), rel=1e-4)
-    assert memory.predicted_components(plan, 1 << 20, 0) == memory.by_name(plan)
+    assert advice.predicted_components(plan, 1 << 20, 0) == advice.by_name(plan)
 
 
 RECKONED = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text().split("```text\n")[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.shapes import MOST_MARKS
+from slotmoe.quant.shapes import MARKS
 from tests.support.engine import decode, failing
 from tests.support.hostile import flip
 from tests.support.v4 import export_of, state_bytes
@@ -76,7 +76,7 @@ def test_ten_turns_read_nothing_twice(runtime, fresh, keeps_answers):
     assert count == held
     assert torch.equal(logits, fresh([*prompt, 9]))
     state = runtime.engine.batch.sequences[0].state
-    assert len(state.marks) <= MOST_MARKS + 2 and state.used_bytes <= state_bytes(state)
+    assert len(state.marks) <= MARKS.most + 2 and state.used_bytes <= state_bytes(state)
 
 
 def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh):
@@ -96,11 +96,12 @@ def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh):
             decode(runtime, more, [])
         stop()
         assert torch.equal(decode(runtime, more, []), fresh(more))
-    # From a mark that a long pass has made or a decoder, or anywhere if none is needed.
-    for text, mark in (more[:1300], 1280), (more[:800], 768):
-        assert counted(runtime, lambda: decode(runtime, text, []))[1] in (mark, len(text) - 1)  # noqa: B023
+    # From a mark that a long pass has made or a decoder, or anywhere if none is needed; with a
+    # delta rule they are rarer, and where a text has ended.
+    for text, *marks in (more[:1300], 1280, 1023), (more[:800], 768, 399):
+        assert counted(runtime, lambda: decode(runtime, text, []))[1] in (*marks, len(text) - 1)  # noqa: B023
     decode(runtime, ids[:250], ids[250:])
-    assert counted(runtime, lambda: decode(runtime, ids[:260], []))[1] in (256, 259)
+    assert counted(runtime, lambda: decode(runtime, ids[:260], []))[1] in (256, 259, 249)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -142,7 +143,8 @@ def test_a_damaged_snapshot_is_dropped_and_one_before_it_serves(kept, fresh):
         pytest.skip("this state needs none")
     flip(paths[0], -100)
     logits, count = kept.restored(600)
-    assert count == 512 and torch.equal(logits, fresh(words(8, 600)))
+    before = kept.runtime.model.plan.marks.between(0, 598)
+    assert count == max(before, default=0) and torch.equal(logits, fresh(words(8, 600)))
     (line,) = kept.said
     assert paths[0].name in line and "checksum" in line
     assert kept.restored(600)[1] == 599  # it was kept again

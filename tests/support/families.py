@@ -92,6 +92,19 @@ OF_GROUPED = {
     | {"moe_layer_interval": 1, "tie_word_embeddings": True},
 }
 """Of families with grouped queries, what their ``config.json`` says beside the common."""
+NEXT, QWEN35 = "qwen3_next", "qwen3_5_moe_text"
+CLASSES |= {NEXT: "Qwen3Next", QWEN35: "Qwen3_5Moe"}
+_DELTA = {**_QWEN, "shared_expert_intermediate_size": 96, "full_attention_interval": 2}
+_DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+_DELTA |= {"linear_value_head_dim": 24, "linear_conv_kernel_dim": 4, "head_dim": 32}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+_MROPE |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+OF_GROUPED |= {
+    NEXT: {**_DELTA, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    | {"partial_rotary_factor": 0.25},
+    QWEN35: {**_DELTA, "rope_parameters": _MROPE, "rope_theta": REMOVE}
+    | {"intermediate_size": REMOVE, "attn_output_gate": True, "mamba_ssm_dtype": "float32"},
+}
 PLAIN_ROPE = {"rope_scaling": REMOVE}
 IN_BLOCKS = {"hidden_size": 96, "intermediate_size": 160}  # with half a block of 64 columns
 IN_BLOCKS |= {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}}
@@ -144,6 +157,27 @@ V2_CASES = {
     },
 }
 """Of DeepSeek-V2."""
+
+
+_LINEAR = ["linear_attention", "full_attention"]
+DELTA_CASES = {
+    "next": (NEXT, {}),
+    "next-one-key-head": (NEXT, {"linear_num_key_heads": 1, "linear_num_value_heads": 3}),
+    "next-heads-alike": (NEXT, {"linear_num_key_heads": 4, "layer_types": _LINEAR[::-1] * 2}),
+    "next-yarn-dense": (
+        NEXT,
+        {"rope_scaling": YARN, "mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
+    "qwen3.5": (QWEN35, {}),
+    "qwen3.5-odd": (
+        QWEN35,
+        {"hidden_size": 72, "linear_value_head_dim": 20, "tie_word_embeddings": True},
+    ),
+    "qwen3.5-one-full": (QWEN35, {"full_attention_interval": 4}),
+}
+"""Between them: key heads and value heads in each proportion, either kind of layer first, dense
+layers, odd sizes."""
+GROUPED_CASES |= DELTA_CASES
 
 
 def config_of(family: str, **overrides):

@@ -11,8 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from slotmoe import model
-from slotmoe.model.config import parse_config
-from slotmoe.model.names import expert_name, expert_shapes, resident_shapes, spelled
+from slotmoe.model.config import Config, parse_config
+from slotmoe.model.names import (
+    expert_name,
+    expert_shapes,
+    resident_shapes,
+    role_of,
+    spelled,
+    stored_rows,
+)
 from tests.support.encoded import fuse_interleaved
 
 SAMPLE = Path(model.__file__).parent / "sample"
@@ -72,7 +79,7 @@ def random_weights(
             spread = shape[1] ** -0.5 if name.endswith("fn") else 0.7
             weights[name] = values * spread + name.endswith("scale")
             continue
-        if name.endswith("bias"):
+        if name.endswith(("bias", "A_log")):
             values *= 0.2
         elif name.endswith("mlp.gate.weight") and not softmax:
             values *= 1.5 * shape[1] ** -0.5
@@ -82,6 +89,22 @@ def random_weights(
             values *= shape[1] ** -0.5
         weights[name] = values.to(dtype)
     return weights
+
+
+def joined(weights: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
+    """As files of models with a delta rule have them: some matrices' rows among each other's,
+    convolutions turned, norms less one."""
+    stored = dict[str, torch.Tensor]()
+    for name, weight in weights.items():
+        if (place := stored_rows(name, config)) is not None:
+            whole, count, ranges = place
+            empty = torch.zeros(count, *weight.shape[1:], dtype=weight.dtype)
+            stored.setdefault(whole, empty)[[row for part in ranges for row in part]] = weight
+        elif "conv1d" in name:
+            stored[name] = weight.t()[:, None].contiguous()
+        else:
+            stored[name] = weight - 1 if role_of(name) == "norm" else weight
+    return stored
 
 
 def write_checkpoint(
@@ -106,6 +129,8 @@ def write_files(
     weights, parsed = random_weights(config, dtype, seed), parse_config(config)
     if parsed.family.interleaved:
         weights = fuse_interleaved(weights, in_blocks=parsed.encoding is not None)
+    if parsed.delta is not None:
+        weights = joined(weights, parsed)
     weights = {spelled(name, parsed): tensor for name, tensor in weights.items()}
     for name in filter(re.compile("moe_statics").search, weights):  # as Ernie's files have them
         weights[name] = weights[name][None]

@@ -10,8 +10,19 @@ from safetensors.torch import load_file, save_file
 
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from tests.support.families import CASES, DSA, GROUPED_CASES, INDEXED, ODD, OSS, TYPES, V32, YARN
+from slotmoe.quant.shapes import MARKS
+from tests.support.families import (
+    CASES,
+    DSA,
+    GROUPED_CASES,
+    INDEXED,
+    NEXT,
+    ODD,
+    OSS,
+    TYPES,
+    V32,
+    YARN,
+)
 from tests.support.families import config_of as family_config
 from tests.support.tiny import REMOVE, write_files
 
@@ -162,6 +173,7 @@ CONFIGS = {
     | {"rope_scaling": CONFIG["rope_scaling"] | {"factor": 4.0}},
     "v3.2": {**family_config(V32, **INDEXED), "max_position_embeddings": 8192},
     "windows": family_config(OSS, sliding_window=24, max_position_embeddings=8192),
+    "delta": family_config(NEXT, max_position_embeddings=8192),
 }
 CONFIGS["v4"]["rope_scaling"]["original_max_position_embeddings"] = 256
 
@@ -169,10 +181,9 @@ CONFIGS["v4"]["rope_scaling"]["original_max_position_embeddings"] = 256
 def state_bytes(state):
     """Bytes of a state's memory, with the marks that there may be but for those of the pass under
     way."""
-    most = (tail.rows.shape[1] // 2 - 1 - SPARE for tail in state._tails)
-    end = sum(n * tail.rows[:, 0].nbytes for n, tail in zip(most, state._tails, strict=True))
-    far = MARK_TOKENS * 4096  # a multiple, behind a full window
-    marks = MOST_ENDS * end + MOST_MARKS * state.snapshot_bytes(far)
+    far = MARKS.tokens * 4096  # a multiple, behind a full window
+    end, places = max(map(state.snapshot_bytes, range(far, far + MARKS.tokens))), state._places
+    marks = places.ends * end + places.most * state.snapshot_bytes(far)
     return sum(part.rows.nbytes for part in (*state._kept, *state._tails)) + marks
 
 

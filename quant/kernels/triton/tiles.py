@@ -10,7 +10,6 @@ cuts off what should be rounded.
 import triton
 import triton.language as tl
 
-from slotmoe.quant.kernels.triton.lists import joined
 from slotmoe.quant.kernels.triton.mla import LOG2E, added, scaled_queries
 from slotmoe.quant.kernels.triton.rows import (
     DENSE,
@@ -24,6 +23,7 @@ from slotmoe.quant.kernels.triton.rows import (
     stored_scales,
     swiglu,
 )
+from slotmoe.quant.kernels.triton.v4 import joined
 
 
 @triton.jit

@@ -1,0 +1,196 @@
+"""What a sequence keeps of its last tokens, or of all of them together: what
+cannot be cut anywhere.
+
+A gated delta rule folds all tokens into one matrix a head, which none can be taken out of again.
+
+Shapes: L layers, S rows, T tokens, X elements of a row.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slotmoe.quant.shapes import SPARE
+
+
+class Tail:
+    """The last rows of the sequence in some layers: [L, ``room(most)``, ...], of which a sequence
+    of ``length`` tokens needs the last ``needed(length)``, at most ``most``.
+
+    A pass over few tokens appends its rows.  A longer one writes its last rows behind those that
+    were there, so that both are there until it is done.
+    """
+
+    def __init__(
+        self, rows: Tensor, needed: Callable[[int], int], widths: tuple[int, int] | None = None
+    ):
+        self.rows, self.needed, self._keep = rows, needed, rows.shape[1] // 2
+        self.widths = widths  # latent and rope values of a row of the backend's, None of float32
+        self.first = 0  # the position of the first row
+        self._valid = 0  # that of the first one that is right
+        self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
+        self._length = self._next = 0
+        self._before = self.rows[:0]  # the pass's rows so far of the layers that it is in
+        self._marked = range(0)  # lengths that the pass marks
+        self.exact = list[int]()  # lengths to which it can be cut, where they are but a few
+
+    @staticmethod
+    def room(most: int) -> int:
+        """How many rows there are of a layer."""
+        return 2 * (most + 1 + SPARE)
+
+    def begin(self, length: int, count: int, marked: range) -> None:
+        """A pass will append ``count`` rows behind position ``length``, and mark some lengths."""
+        self._marked = marked
+        end, held = length + count, length - self.first
+        if end - self.first > self.rows.shape[1] and held > self._keep:
+            self.rows[:, : self._keep] = self.rows[:, held - self._keep : held].clone()
+            self.first = length - self._keep
+            self._valid = max(self._valid, self.first)
+        self._length, self._next = length, max(self.first, end - self.rows.shape[1])
+
+    def extend(self, layer: int, position: int, new_LTX: Tensor) -> tuple[Tensor, int]:
+        """The rows of the L layers from ``layer`` on, [L, S, ...], up to those of some tokens of
+        the pass from ``position`` on, which are ``new``, and the position of the first of them."""
+        layers, count = slice(layer, layer + len(new_LTX)), new_LTX.shape[1]
+        start, end = position - self.first, position + count
+        if self._next == self.first:
+            rows, first = self.rows[layers, : end - self.first], self.first
+            rows[:, start:] = new_LTX
+        else:
+            before = self.rows[layers, :start] if position == self._length else self._before
+            rows = torch.cat([before[:, -self._keep :], new_LTX], dim=1)
+            first, stop = end - rows.shape[1], end - self._next
+            stays = min(count, max(0, stop - self._keep))
+            self.rows[layers, stop - stays : stop] = new_LTX[:, count - stays :]
+            self._before = rows[:, -self._keep :].clone()
+        for at in [at for at in self._marked if position < at <= end]:
+            self._mark(at)[layers] = rows[:, at - first - self.needed(at) : at - first]
+        return rows, first
+
+    def done(self) -> None:
+        """The pass has gone through all layers."""
+        for at in self._marked:  # a decoder has appended the rows by itself
+            self.mark(at)
+        if self._next > self.first:
+            self.first, self._valid = self._next, self._next + self._keep
+
+    def has(self, length: int) -> bool:
+        """Whether what a sequence of ``length`` tokens needs is there."""
+        return length - self.needed(length) >= self._valid
+
+    def mark(self, length: int) -> None:
+        """Remember what a sequence of ``length`` tokens needs."""
+        if length not in self.marks:
+            self._mark(length).copy_(self.last(length))
+
+    def _mark(self, length: int) -> Tensor:
+        """The mark at ``length``, made if there is none."""
+        if length not in self.marks:
+            layers, _, *row = self.rows.shape
+            self.marks[length] = self.rows.new_empty((layers, self.needed(length), *row))
+        return self.marks[length]
+
+    def last(self, length: int) -> Tensor:
+        """What a sequence of ``length`` tokens needs, [L, needed, ...]."""
+        needed = self.needed(length)
+        if self.has(length):
+            return self.rows[:, length - needed - self.first : length - self.first]
+        return self.marks[length] if length else self.rows[:, :0]
+
+    def cut(self, length: int) -> None:
+        """Become a sequence of ``length`` tokens."""
+        if not self.has(length):
+            self.load(length, self.last(length))
+
+    def load(self, length: int, last: Tensor) -> None:
+        """Become what ``last`` gave of a sequence of that length."""
+        self.rows[:, : self.needed(length)] = last
+        self.first = self._valid = length - self.needed(length)
+
+
+class Step(NamedTuple):
+    """Tokens to be folded: ``before``, [H, K, V], has the first ``at``, and those up to ``stop``
+    come; ``after`` is for the state of the first ``folds``."""
+
+    before: Tensor
+    at: int
+    stop: int
+    after: Tensor
+    folds: int
+
+
+class Folded(Tail):
+    """What some layers have made of all tokens together: [L, 2, ...], which a sequence has whole or
+    not at all.  A pass reads one of the two, which it leaves as it is, and writes the other.
+
+    The tokens behind the state that is read, of which ``inputs`` has rows, are folded again.  A
+    pass leaves its last one out, so that a prompt can be cut there, and drafts are taken back
+    without a copy: the next pass folds what was accepted.
+    """
+
+    def __init__(self, rows: Tensor, inputs: Tail):
+        super().__init__(rows, lambda length: min(length, 1))
+        self.inputs, self.exact, self.read = inputs, [0, -1], 0
+        self.folds = 0  # the length whose state the pass leaves
+
+    @property
+    def at(self) -> int:
+        """How many tokens are in the state that the pass reads."""
+        return self.exact[self.read]
+
+    def begin(self, length: int, count: int, marked: range) -> None:
+        """See ``Tail``."""
+        self.read = self.exact.index(self._from(length))
+        if self.at == 0:
+            self.rows[:, self.read].zero_()
+        self.exact[1 - self.read] = -1
+        self._length, self._marked = length, marked
+        self.folds = max(length + 1, length + count - 1)
+
+    def _from(self, length: int) -> int:
+        """The longest state of which ``length`` tokens can be made; -1 if there is none."""
+        usable = [at for at in self.exact if 0 <= at <= length and self.inputs.has(at)]
+        return max(usable, default=-1)
+
+    def steps(self, layer: int, position: int, end: int) -> Iterator[Step]:
+        """How the pass's tokens from ``position`` to ``end`` are folded, which the caller does one
+        step after the other."""
+        after = self.rows[layer, 1 - self.read]
+        before, at = self.rows[layer, self.read], self.at
+        if position > self._length:
+            before, at = after, position
+        for stop in (*(mark for mark in self._marked if at < mark < end), end):
+            yield Step(before, at, stop, after, min(stop, self.folds))
+            if stop < end:
+                self._mark(stop)[layer] = after
+            before, at = after, stop
+
+    def done(self) -> None:
+        """See ``Tail``."""
+        self.exact[1 - self.read] = self.folds
+        for at in self._marked:
+            if at == self.folds:
+                self.mark(at)
+
+    def has(self, length: int) -> bool:
+        """See ``Tail``."""
+        return length in self.exact
+
+    def last(self, length: int) -> Tensor:
+        """See ``Tail``."""
+        if length in self.marks:
+            return self.marks[length]
+        return self.rows[:, self.exact.index(length)][:, None] if length else self.rows[:, :0]
+
+    def cut(self, length: int) -> None:
+        """See ``Tail``."""
+        if self._from(length) < 0:
+            self.load(length, self.last(length))
+
+    def load(self, length: int, last: Tensor) -> None:
+        """See ``Tail``."""
+        self.rows[:, : self.needed(length)] = last
+        self.exact = [length, -1]
