@@ -47,6 +47,12 @@ def cache_folder() -> Path:
         raise ConfigError(f"{problem}: set SLOTMOE_CACHE to a folder, or HOME") from None
 
 
+def cache_disk() -> Path:
+    """The cache folder, or what there is of its path: on the disk where exports go."""
+    folder = cache_folder().absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
 def process_bytes() -> int:
     """Resident set of this process now, on Windows what it was promised, in bytes."""
     return int(getattr(psutil.Process().memory_info(), system.MEMORY))

@@ -54,11 +54,14 @@ def is_model(folder: Path) -> bool:
 
 
 def locate(
-    model: str | Path, revision: str | None = None, notify: Callable[[str], object] = str
+    model: str | Path,
+    revision: str | None = None,
+    notify: Callable[[str], object] = str,
+    is_source: bool = False,
 ) -> Path | None:
     """The path of a ``MODEL``: first an export, a checkpoint folder or a GGUF file there, then
-    ``sample``, then what has the name in the cache folder; None for a hub id.  ``notify`` gets a
-    line where that may surprise.  Raises ``ConfigError``."""
+    ``sample``, then what has the name in the cache folder, unless it ``is_source``, the SRC of an
+    export; None for a hub id.  ``notify`` gets a line where that may surprise.  ``ConfigError``."""
     name, path, on_hub = str(model), Path(model), is_hub_id(str(model))
     is_path = path.is_file() or is_model(path)
     if revision is not None and (is_path or not on_hub):
@@ -67,12 +70,12 @@ def locate(
     if is_path:
         if on_hub and not is_export(path):
             notify(f"{name} is a folder here, so it is not looked up on the hub")
-        elif name in library():
+        elif name in library() and not is_source:
             notify(f"{name} is here, so the one of the cache folder is not used")
         return path
     if name == "sample":
         return SAMPLE
-    if path.name == name and (named := export_named(name)) is not None:
+    if not is_source and path.name == name and (named := export_named(name)) is not None:
         if name not in (named.name, short_name(named)):
             notify(f"{name} is {short_name(named)}, in {named.parent}")
         return named
@@ -80,24 +83,27 @@ def locate(
         neither = f"{_MANIFEST} (an export) nor config.json (a checkpoint)"
         raise ConfigError(f"{path}: holds neither {neither}")
     if not on_hub:
-        raise ConfigError(f"{path}: {_meant(path)}")
+        raise ConfigError(f"{path}: {_meant(path, is_source)}")
     return None
 
 
-def _meant(path: Path) -> str:
+def _meant(path: Path, is_source: bool) -> str:
     """What to say of a path where nothing is."""
-    from slotmoe.offload.plan.advice import GEOMETRIES
+    from slotmoe.offload.plan.advice import HUB, geometry_key
 
-    if str(path) in GEOMETRIES:
-        weights = "deepseek-ai/DeepSeek-V2-Lite has weights of v2-lite, slotmoe synth makes random"
-        return f"is a geometry, without weights; {weights}"
-    there = dict.fromkeys([*library(), "sample"]) if path.name == str(path) else {}
+    if (hub := HUB.get(geometry_key(str(path)))) is not None:
+        return f"is a geometry, without weights; {hub} has some, slotmoe synth makes random ones"
+    there: dict[str, str | None] = {}
+    if path.name == str(path):
+        there = dict.fromkeys(["sample", *([] if is_source else library())])
+        there |= {hub.partition("/")[2]: hub for hub in HUB.values()}
     with suppress(OSError):
         there |= {each.name: str(each) for each in path.parent.iterdir() if is_model(each)}
     if near := get_close_matches(path.name, there, 1):  # the folder alone is no likeness
         return f"no such folder; did you mean {there[near[0]] or near[0]}?"
-    known = "a path, a name that slotmoe list shows, a hub id or 'sample'"
-    return f"no such folder or file; MODEL is {known}"
+    known = "MODEL is a path, a name that slotmoe list shows, a hub id or 'sample'"
+    known = "SRC is a checkpoint folder, a GGUF file, a hub id or 'sample'" if is_source else known
+    return f"no such folder or file; {known}"
 
 
 def short_name(export: Path) -> str:

@@ -5,12 +5,13 @@ with Runtime.open("sample") as runtime:
         print(token.text, end="", flush=True)
 """
 
+import os
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -119,12 +120,23 @@ class Runtime(AbstractContextManager["Runtime"]):
         chosen, reason = choose_device(str(device), notify=notify)
         check = partial(check_options, options, chosen)
         told = {"arriving": arriving, "progress": progress, "notify": notify}
-        folder = resolve_model(path, revision, ready=check, **told)
+        folder = resolve_model(os.path.expanduser(path), revision, ready=check, **told)
         if (is_export := (folder / MANIFEST).is_file()) and not quantize:
             raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
         return cls(open_model(folder, options, chosen, reason, notify))
+
+    def __repr__(self) -> str:
+        if self._engine is None:
+            return "<Runtime: closed>"
+        model = self._engine.model
+        return (
+            f"<Runtime: {model.source.folder.name} on {model.device.name}, context {self.context}>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError("a Runtime can't be pickled or copied; open the model in each process")
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T,

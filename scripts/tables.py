@@ -19,7 +19,7 @@ from slotmoe.model.families import FAMILIES, Family
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.sizes import format_size
 from slotmoe.tools.cli import cli
-from slotmoe.tools.plan import figure
+from slotmoe.tools.plan import GROUPS, figure
 from slotmoe.tools.serve.anthropic import MessagesRequest
 from slotmoe.tools.serve.openai import ChatRequest, CompletionRequest
 from slotmoe.tools.serve.requests import Fields
@@ -72,8 +72,13 @@ GEOMETRIES = {  # their parameters, as the publisher rounds them
     "v4-flash": "284B",
     "v4-pro": "1.6T",
 }
-_RESIDENT = "embeddings", "attention", "dense layers", "router", "shared experts"
-_RESIDENT += ("residual streams",)
+_RESIDENT = GROUPS["resident weights"].split(", ")
+_OTHERS = {  # machines beside those of memory-and-planning.md
+    "no GPU, 8 GiB of RAM, a laptop": "--device cpu --threads 4 --ram 5GiB --disk-bandwidth 2GB",
+    "a GPU of 80 GB, 256 GiB of RAM": "--gpu h100 --threads 32 --ram 240GiB --disk-bandwidth 7GB",
+}
+_CHOOSING = {"v2-lite": "V2-Lite", "glm-4.7-flash": "GLM-4.7-Flash"}
+_CHOOSING |= {"gpt-oss-120b": "gpt-oss-120b", "v2": "V2"}
 
 
 def _fields(schema: Any, models: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -160,11 +165,36 @@ def _planned(*arguments: str) -> Json:
     return json.loads(CliRunner().invoke(cli, ["plan", *arguments, "--json"], env=nowhere).stdout)
 
 
-def _on_machines(model: str) -> list[Json]:
-    """The plans for the page's three machines, by the commands that it shows."""
+@cache
+def _machines() -> dict[str, str]:
+    """Options of the three machines of memory-and-planning.md, by what its commands call them."""
     page = next(path for path in PAGES if path.stem == "memory-and-planning").read_text()
-    commands = re.findall(r"(?m)^slotmoe plan v2 (.*?) *# \w: ", page)
-    return [_planned(model, *options.split()) for options in commands]
+    commands = re.findall(r"(?m)^slotmoe plan v2 (.*?) *# (\w: .*)", page)
+    return {name: options for options, name in commands}
+
+
+def _on_machines(model: str) -> list[Json]:
+    return [_planned(model, *options.split()) for options in _machines().values()]
+
+
+def choosing() -> Iterator[str]:
+    """Speeds of the default and of the smallest codes; - is what does not fit."""
+
+    def cell(model: str, options: str) -> str:
+        choices = _planned(model, *options.split())["choices"]
+        smallest = min(choices, key=lambda choice: choice["export"])
+        planned = next(choice for choice in choices if choice["planned"])
+        speeds = (choice["decode_tokens_per_second"] for choice in (planned, smallest))
+        return " / ".join(figure(speed, 2) if speed else "-" for speed in speeds)
+
+    (laptop, large), three = _OTHERS.items(), _machines().items()
+    yield from _table(
+        f"machine | `slotmoe plan MODEL` with | {' | '.join(_CHOOSING.values())}",
+        (
+            (name, f"`{options}`", *(cell(model, options) for model in _CHOOSING))
+            for name, options in (laptop, *three, large)
+        ),
+    )
 
 
 def _parts(report: Json, tier: str, names: Iterable[str]) -> int:
@@ -250,6 +280,7 @@ TABLES = {
     "refused": refused,
     "families": families,
     "campaigns": campaigns.table,
+    "choosing": choosing,
     "machines": machines,
     "models": models,
 }

@@ -35,6 +35,12 @@ _COMMANDS = {
 }
 _MODULES = dict.fromkeys(("list", "rm", "verify", "synth"), "exports")  # else the command's name
 _MODULES["launch"] = "serve"
+_ELSEWHERE = {  # options of llama.cpp, Ollama and vLLM -> those of slotmoe
+    **dict.fromkeys(("-c", "--ctx-size", "--num-ctx", "--max-model-len"), "--context"),
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-memory-utilization"), "--vram"),
+    **dict.fromkeys(("--n-predict", "--num-predict", "--max-tokens"), "--max-new-tokens"),
+    "-t": "--threads",
+}
 _START = """\
 Run DeepSeek-V2 models that are far larger than your GPU's memory, or your RAM.
 
@@ -118,12 +124,27 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoRetu
         sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
-        problem.show()
+        _meant(problem, arguments or sys.argv[1:]).show()
         sys.exit(2)
     except (Exception, KeyboardInterrupt) as problem:
         line, code = _ending(problem, bool(state.get("traceback")))
         show(f"slotmoe: {line}", err=True)
         sys.exit(code)
+
+
+def _meant(problem: click.ClickException, words: list[str]) -> click.ClickException:
+    """The same with the option that is meant: one that begins so, or is called so elsewhere."""
+    option = getattr(problem, "option_name", None)
+    if isinstance(problem, click.BadParameter):  # click takes -ngl for -n gl
+        option = next((word for word in words if word in _ELSEWHERE and word[:2] == "-n"), None)
+    ctx = getattr(problem, "ctx", None)
+    if option is None or ctx is None:
+        return problem
+    known = [name for parameter in ctx.command.params for name in parameter.opts]
+    meant = [name for name in known if name.startswith(option) and len(option) > 3]
+    meant += [name for name in [_ELSEWHERE.get(option)] if name in known]
+    said = f"No such option: {option}; did you mean {' or '.join(meant)}?"
+    return click.UsageError(said, ctx) if meant else problem
 
 
 def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:

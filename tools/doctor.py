@@ -187,8 +187,7 @@ def _disk() -> Check:
     """The disk of the cache folder, or of the present one if there is none."""
     there = Path.cwd()
     with suppress(ConfigError):
-        folder = machine.cache_folder().absolute()
-        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        there = machine.cache_disk()
     found = f"{format_size(shutil.disk_usage(there).free)} free on {file_system(there)[0]}"
     try:
         with tempfile.TemporaryFile(dir=there) as file:  # which has no name to be left behind

@@ -253,7 +253,7 @@ SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare, 
 SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB", cls=Rare)
 # What ``slotmoe.tools.sessions`` reads.
 session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)
-# For ``prompt_text``, which asks for it unless there is a file.
+# For ``prompt_text``, which asks for it unless there is a file, or something on stdin.
 PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
 
 
@@ -266,16 +266,21 @@ def generation_arguments(given: Json) -> Json:
 
 
 def prompt_text(prompt: str | None, file: Path | None = None) -> str:
-    """The prompt, ``file``'s text, or stdin for ``-``.  Raises ``UsageError``, ``ConfigError``."""
-    if (prompt is None) == (file is None):
-        both = "PROMPT and --file are both given: choose one"
-        problem = "Missing argument 'PROMPT'." if file is None else both
-        raise click.UsageError(problem, click.get_current_context())
+    """The prompt, ``file``'s text, or stdin for ``-`` and where something is piped in.  Raises
+    ``UsageError``, ``ConfigError``."""
+    ctx = click.get_current_context()
+    if prompt is not None and file is not None:
+        raise click.UsageError("PROMPT and --file are both given: choose one", ctx)
     if prompt is not None and prompt != "-":
         return prompt
-    opened = nullcontext(sys.stdin.buffer) if file is None else open(file, "rb")
-    with naming(file or "stdin"), opened as source:
-        return decoded(source.read(MAX_PROMPT_BYTES + 1), f"{file or 'stdin'}: the prompt")
+    missing = prompt is None and file is None
+    if not (missing and sys.stdin.isatty()):
+        opened = nullcontext(sys.stdin.buffer) if file is None else open(file, "rb")
+        with naming(file or "stdin"), opened as source:
+            text = decoded(source.read(MAX_PROMPT_BYTES + 1), f"{file or 'stdin'}: the prompt")
+        if text or not missing:
+            return text
+    raise click.UsageError("Missing argument 'PROMPT'.", ctx)
 
 
 def decoded(data: bytes, what: str) -> str:

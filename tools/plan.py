@@ -1,13 +1,16 @@
 """``slotmoe plan``: what goes where and how fast it will be, before a byte is downloaded."""
 
 import math
+import shlex
 import shutil
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
 from rich.text import Text
 
 from slotmoe.errors import DownloadError, PlanError, SlotmoeError, one_line
@@ -19,7 +22,7 @@ from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context, share_of
 from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
-from slotmoe.quant.codecs.codec import KEPT_CODECS
+from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.system import MAX_THREADS, choose_placement, cores
 from slotmoe.tools import options
@@ -31,10 +34,19 @@ _LOSS = (
     "KL is the bundled sample's divergence from its source in nats a token, by quantize alone and "
     "with a text for --calibrate; other models lose more or less."
 )
-_BOUNDS = {"between kernels": "the time between kernels"}  # where the key is no noun
 _CHOICES = ("codec", "bits", "resident", "export", "in memory", "tokens/s", "KL", "with text")
 # What describes a machine: with one of them it may be another than this.
-_MACHINE = "gpu ram vram ram_bandwidth disk_bandwidth pcie_bandwidth gpu_bandwidth".split()
+_MACHINE = "gpu ram_bandwidth disk_bandwidth pcie_bandwidth gpu_bandwidth".split()
+# What the command of an export, or of the sample, takes over.
+_RUN = "device ram vram context threads slots misses experts_dirs draft no_prefetch".split()
+# The rows of memory without --verbose, and their components; what is in none is the last row.
+GROUPS = {
+    "resident weights": "embeddings, attention, dense layers, router, shared experts, "
+    "residual streams",
+    "KV cache": "KV cache",
+    "experts": "expert slots, read buffers, all experts",
+    "everything else": "",
+}
 _GPU_HELP = "Plan for this GPU, like rtx-4090 or rtx-3060."
 _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has room for]"
 
@@ -51,6 +63,7 @@ _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has roo
 @options.option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
 @options.option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
 @options.plan_options
+@options.flag("--verbose", "Show each component, each choice, and what the speeds rest on.")
 @options.JSON
 def command(
     model: str, prompt_tokens: int | None, max_new_tokens: int, as_json: bool, **given: Any
@@ -65,8 +78,9 @@ def command(
     --calibrate has measured on this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
-    cheapest ways out.  Without options for another machine (--gpu, budgets, bandwidths) the free
-    disk of this folder counts too.
+    cheapest ways out.  If it fits, the last line is the command to type next.  Without options for
+    another machine (--gpu, bandwidths, more --ram or --threads than here) the free disk of the
+    cache folder counts too.
 
     \b
     Examples:
@@ -74,7 +88,6 @@ def command(
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan DeepSeek-V2-Lite-Chat --ram 8GiB --context 32768 --json
     """
-    wanted = options.expert_codecs(given)
     planned, target = _model(model, given["revision"]), _machine(given)
     if given["draft"] == "mtp":
         planned = planned.with_mtp()
@@ -85,12 +98,12 @@ def command(
         problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
         less = or_more_context("lower --prompt-tokens", planned.config, context)
         raise PlanError(f"{problem}: {less}")
-    resident, why = advice.choose_precision(planned, target, given["resident"])
+    resident, why = planned.precision(given["resident"])
     scenario = advice.Scenario(
         planned,
         target,
         resident,
-        codecs=advice.choose_codecs(planned, wanted),
+        codecs=advice.choose_codecs(planned, options.expert_codecs(given)),
         context=context,
         slots=given["slots"],
         misses=given["misses"],
@@ -103,9 +116,12 @@ def command(
         target = replace(target, threads=choose_placement(size).threads)
         scenario = replace(scenario, machine=target)
     report = scenario.report(prompt_tokens, max_new_tokens)
-    report["resident"] = {"precision": resident, "why": why}
-    report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
-    print(json_of(report)) if as_json else _print(report)
+    report |= {
+        "resident": {"precision": resident, "why": why},
+        "choices": scenario.choices(prompt_tokens, max_new_tokens),
+        "command": _next(planned) if report["fits"] else None,
+    }
+    print(json_of(report)) if as_json else _print(report, given["verbose"])
     return int(not report["fits"])
 
 
@@ -153,19 +169,17 @@ def _machine(given: Json) -> Machine:
         name = (gpu := machine.visible_gpu(0)) and gpu.name
     elif device != "cpu":
         name, vram, unused = _gpu(device)
-    if vram is None and given["misses"] != "auto":
-        problem = "no GPU is planned for, without which the CPU computes everything"
-        raise PlanError(f"--misses {given['misses']} is given and {problem}: drop it")
+    for option in ("misses", "pcie_bandwidth", "gpu_bandwidth") if vram is None else ():
+        if given[option] not in (None, "auto"):
+            problem = "is given and no GPU is planned for, without which the CPU computes all"
+            raise PlanError(f"--{option.replace('_', '-')} {given[option]} {problem}: drop it")
     threads = given["threads"] or cores()
     if not 1 <= threads <= MAX_THREADS:
         raise PlanError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
-    if _is_here(given):
-        threads = min(threads, cores())
     # What run would find free, once it has imported its libraries.
     free_ram = share_of(machine.available_memory(), vram is not None)
     free_ram += IMPORT_BYTES - machine.process_bytes()
-    is_this = all(given[name] is None for name in _MACHINE)
-    free_disk = shutil.disk_usage(Path.cwd()).free if is_this else None
+    free_disk = shutil.disk_usage(machine.cache_disk()).free if _is_here(given) else None
     rates, ram = _bandwidths(given, name, known), parse_size(given["ram"] or free_ram)
     return Machine(ram, vram, threads, rates, free_disk, name, unused)
 
@@ -210,63 +224,115 @@ def _gpu(device: str) -> tuple[str | None, int | None, list[str]]:
 
 
 def _is_here(given: Json) -> bool:
-    """Whether this machine is planned for, whatever the budgets."""
-    return all(given[name] is None for name in _MACHINE if name not in ("ram", "vram"))
+    """Whether this machine is planned for: nothing is given that it may not have."""
+    most = machine.total_memory() if given["ram"] is None else parse_size(given["ram"])
+    has = most <= machine.total_memory() and (given["threads"] or 1) <= cores()
+    return has and all(given[name] is None for name in _MACHINE)
 
 
-def _print(report: Json) -> None:
+def _next(model: Model) -> str:
+    """The command to type once it is planned: what makes the export, or runs it."""
+    ctx, hub = click.get_current_context(), advice.HUB.get(advice.geometry_key(model.name))
+    source, names = model.name, ["resident", "codec", "bits", "revision"]
+    if model.resident is not None or source == "sample":
+        verb, names = "run", _RUN
+    elif model.is_here or hub or is_hub_id(source):
+        verb, source = "quantize", source if model.is_here else hub or source
+    else:  # of a config.json
+        verb = "synth"
+    words = ["slotmoe", verb, shlex.quote(source), *(['"Your prompt"'] if verb == "run" else [])]
+    for option in ctx.command.params:
+        value = ctx.params[str(option.name)]
+        if option.name in names and value not in (option.default, None, ()):
+            for each in value if isinstance(value, tuple) else [value]:
+                words += [option.opts[0], *([] if each is True else [shlex.quote(str(each))])]
+    keeps = verb != "run" and ctx.params["draft"] == "mtp"
+    return " ".join([*words, *(["--keep-mtp"] if keeps else [])])
+
+
+def _print(report: Json, verbose: bool) -> None:
+    """At most 24 lines of 80 columns unless ``verbose``, the verdict last."""
     console, resident = Console(), report["resident"]
-    for line in _verdict(report):
-        console.print(Text(one_line(line)), style="bold", soft_wrap=True)
-    tiers = [tier for tier in _NAMES if tier in report["total"]]
-
-    def row(name: str, sizes: dict[str, int]) -> list[str]:
-        return [name, *(format_size(sizes[tier]) if sizes.get(tier) else "" for tier in tiers)]
-
-    rows = [row(*item) for item in report["components"].items() if any(item[1].values())]
-    sums = [row(name, report[name]) for name in ("total", "budget")]
-    console.print(table(["", *(_NAMES[tier] for tier in tiers)], rows, sums=sums))
-    rows = []
-    for choice in report["choices"]:
-        speed = choice["decode_tokens_per_second"]
-        share = min(1, choice["slots"] / report["experts"])
-        keys = ("kl_divergence", "kl_divergence_calibrated")
-        losses = ["" if choice[key] is None else f"{choice[key]:.4f}" for key in keys]
-        codec = f"none ({choice['codec']})" if choice["codec"] in KEPT_CODECS else choice["codec"]
-        gains = format_size(choice["export"]), f"{share:.0%}", figure(speed, 2) if speed else "-"
-        rows.append([codec, choice["bits"], choice["resident"], *gains, *losses])
-    console.print(table(_CHOICES, rows, left=range(3)))
-    lines = [_LOSS, *([f"GPU: {report['gpu']}."] if report["gpu"] else [])]
-    lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    console.print(_memory(report, verbose))
+    console.print()
+    console.print(_choices(report, verbose))
+    lines = ["KL: nats a token the sample loses; with text: by --calibrate. More: --verbose."]
+    if verbose:
+        lines = [_LOSS, *([f"GPU: {report['gpu']}."] if report["gpu"] else [])]
+        lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
+    if report["fits"]:
+        lines += [*_summary(report), *(_reckoning(report) if verbose else [])]
     ways = report["ways_out"]
     lines += [f"Way out: {way}." for way in ways if len(ways) == 1]
     if len(ways) > 1:
         lines.append("Ways out, the cheapest first:")
         lines += [f"  {number}. {way}" for number, way in enumerate(ways, 1)]
-    lines += _outlook(report) if report["fits"] else []
     for line in lines:
         console.print(Text(one_line(line)))
+    for line in _verdict(report):
+        console.print(Text(one_line(line)), style="bold", soft_wrap=True)
+
+
+def _memory(report: Json, verbose: bool) -> Table:
+    parts = report["components"]
+    tiers = [tier for tier in _NAMES if tier in report["total"]]
+    if not verbose:
+        groups = {part: name for name, of in GROUPS.items() for part in of.split(", ")}
+        grouped: dict[str, Counter[str]] = {name: Counter() for name in GROUPS}
+        for part, sizes in parts.items():
+            grouped[groups.get(part, "everything else")].update(sizes)
+        parts = grouped
+
+    def row(name: str, sizes: dict[str, int]) -> list[str]:
+        return [name, *(format_size(sizes[tier]) if sizes.get(tier) else "" for tier in tiers)]
+
+    rows = [row(*item) for item in parts.items() if any(item[1].values())]
+    rows += [row(name, report[name]) for name in ("total", "budget")]
+    return table(["", *(_NAMES[tier] for tier in tiers)], rows, edges=False)
+
+
+def _choices(report: Json, verbose: bool) -> Table:
+    """A row for each choice, or for those that are close to what is planned, and the smallest."""
+    rows, choices = [], report["choices"]
+    planned = next((choice for choice in choices if choice["planned"]), choices[0])
+    smallest = min(choices, key=lambda choice: choice["export"])
+    for choice in choices:
+        codec, bits, resident = (choice[key] == planned[key] for key in _CHOICES[:3])
+        is_near = (codec and bits) or (choice["codec"] == DEFAULT_CODEC and resident)
+        if verbose or is_near or choice is smallest:
+            speed = choice["decode_tokens_per_second"]
+            share = min(1, max(choice["slots"], choice["host_slots"]) / report["experts"])
+            gains = (f"{share:.0%}", figure(speed, 2)) if speed else ("-", "-")
+            losses = (choice["kl_divergence"], choice["kl_divergence_calibrated"])
+            shown = ("" if loss is None else f"{loss:.4f}" for loss in losses)
+            names = (choice[key] for key in _CHOICES[:3])
+            rows.append([*names, format_size(choice["export"]), *gains, *shown])
+    return table(_CHOICES, rows, left=range(3), edges=False)
 
 
 def _verdict(report: Json) -> list[str]:
-    """Whether it fits, and how fast it is and what it takes of the disk, or what is missing."""
+    """Whether it fits, how fast it is and the command to type next, or what is missing."""
     name, disk = report["model"], report["disk"]
     export, download = (format_size(disk[name]) for name in ("export", "download"))
-    free = "" if disk["free"] is None else f", {format_size(disk['free'])} are free in {Path.cwd()}"
+    free, found = "", report.get("found_in_memory")
+    if disk["free"] is not None:
+        free = f", {format_size(disk['free'])} are free in {machine.cache_folder()}"
     if missing := report["shortfall_by_tier"].items():
         short = [f"{format_size(size)} of {_NAMES[tier]}" for tier, size in missing]
         return [f"{name} does not fit: {' and '.join(short)} short."]
     if not disk["fits"]:
         return [f"{name} does not fit: its export takes {export}{free}."]
-    speed, hits = figure(report["decode_tokens_per_second"], 2), report["hit_rate"]
-    share = "all experts" if hits == 1 else f"{hits:.0%} of a token's experts found"
+    kept = "; the download is not kept" if disk["download"] else ""
+    lines = [f"Disk: the export takes {export}{free}{kept}."] if disk["export"] else []
+    speed, least, most = (
+        figure(value, 2) for value in (report["decode_tokens_per_second"], *report["decode_range"])
+    )
     about = "an estimated" if report["estimated"] else "about"
-    lines = [f"{name} fits: {about} {speed} tokens/s, with {share} in memory."]
-    if disk["export"]:
-        streamed = f"; {download} to download, streamed and not kept" if disk["download"] else ""
-        lines.append(f"Disk: the export takes {export}{free}{streamed}.")
-    return lines
+    share = "all experts" if found == 1 else f"{found:.0%} hits"
+    lines.append(f"{name} fits: {about} {speed} tokens/s ({least} to {most}), {share} in memory.")
+    loads = f"  # downloads {download}" if disk["download"] else ""
+    return [*lines, report["command"] + loads]
 
 
 def figure(number: float, significant: int = 3) -> str:
@@ -278,9 +344,21 @@ def figure(number: float, significant: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _outlook(report: Json) -> list[str]:
-    settings, prefill = report["settings"], report["prefill_tokens_per_second"]
-    host = f" and {report['host_slots']} in RAM" if report["host_slots"] else ""
+def _summary(report: Json) -> list[str]:
+    prefill, bound = report["prefill_tokens_per_second"], report["bottleneck"]
+    host = f", {report['host_slots']:,} in RAM" if report["host_slots"] else ""
+    read = "" if prefill is None else f"Prompts: {figure(prefill)} tokens/s. "
+    bound = "the time between kernels" if bound == "between kernels" else bound
+    return [
+        f"{report['slots']:,} of {report['experts']:,} experts in slots{host}; "
+        f"room for a context of {report['largest_context']:,}.",
+        f"{read}Decode is bound by {bound}.",
+    ]
+
+
+def _reckoning(report: Json) -> list[str]:
+    """What the figures are made of."""
+    settings = report["settings"]
     peak = [f"{format_size(size)} of {_NAMES[t]}" for t, size in report["predicted_peak"].items()]
     rates = [
         f"{tier} {figure(rate['bytes_per_second'] / 1e9)} GB/s ({rate['origin']})"
@@ -292,24 +370,23 @@ def _outlook(report: Json) -> list[str]:
     ]
     of = ", ".join(dict.fromkeys(rate["origin"] for rate in report["core"].values()))
     constants = [f"{name} {figure(value)}" for name, value in report["constants"].items()]
-    slow = max(report["prefill_seconds"].items(), key=lambda item: item[1])[0]
-    slow = _BOUNDS.get(slow, slow)
-    slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
-    spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
-    bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
-    gpu = " (estimated as docs/gpu.md shows; no GPU has measured it)"
+    spent = {"A prompt": report["prefill_seconds"], "One token": report["decode_seconds"]}
+    sorts = {of: sorted(it.items(), key=lambda item: -item[1]) for of, it in spent.items()}
+    waits = [
+        f"{of}: {', '.join(f'{name} {1000 * s:.0f} ms' for name, s in it if s >= 5e-4)}."
+        for of, it in sorts.items()
+    ]
     more = f", each taken for one of the {cores()} here as far as RAM feeds it"
     more = more if settings["threads"] > cores() else ""
     return [
-        f"{report['slots']} of {report['experts']} experts in fast slots{host}; "
-        f"a context of up to {report['largest_context']} fits.",
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: "
-        f"peak {', '.join(peak)};",
-        ("  " if prefill is None else f"  prefill {figure(prefill)} tokens/s, bound by {slow}, ")
-        + f"decode {figure(report['decode_tokens_per_second'])} tokens/s at "
-        f"{report['hit_rate']:.0%} hits, bound by {bound}"
-        f"{gpu if report['estimated'] else ''}.",
-        f"One token: {', '.join(spent)}.",
+        f"peak {', '.join(peak)}.",
+        *waits,
+        *(
+            ["Estimated as docs/gpu.md shows; no GPU has measured it."]
+            if report["estimated"]
+            else []
+        ),
         f"Bandwidths: {', '.join(rates)}.",
         f"A core of {settings['threads']}{more}, in a second: {', '.join(core)} ({of}).",
         f"Taken for granted: {', '.join(constants)}.",

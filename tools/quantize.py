@@ -118,7 +118,7 @@ def _quantize(
 ) -> tuple[Json, Path]:
     """The manifest of the export, and where it is."""
     revision, keep_source = given.pop("revision"), given.pop("keep_source")
-    folder = locate(source, revision, options.say)
+    folder = locate(source, revision, options.say, is_source=True)
     from slotmoe.offload.ingest.cached import cached_place, hub_place, quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
 
@@ -160,5 +160,5 @@ def _print_cost(report: Json) -> None:
     title = "What quantization cost: RMS error as a share of the weights' RMS"
     columns = ("tensors", "as", "million", "bits", "error", "worst layer")
     bits = f"{report['bits_per_weight']:.3f}"
-    sums = [("all, with padding", "", f"{total / 1e6:.2f}", bits, "", "")]
-    Console(stderr=True).print(table(columns, rows, title, (0, 1), sums))
+    rows.append(("all, with padding", "", f"{total / 1e6:.2f}", bits, "", ""))
+    Console(stderr=True).print(table(columns, rows, title, (0, 1)))

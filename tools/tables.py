@@ -43,26 +43,24 @@ def table(
     rows: Iterable[Row],
     title: str | None = None,
     left: Container[int] = (0,),
-    sums: Iterable[Row] = (),
+    edges: bool = True,
 ) -> Table:
-    """A plain table, with the ``sums`` apart below its ``rows``; the columns whose indices are in
-    ``left`` are flush left, the others right.  On too narrow a terminal, lists."""
-    width, parts = None if title is None else len(title), ([*rows], [*sums])
+    """A plain table; the columns whose indices are in ``left`` are flush left, the others right.
+    With ``edges`` an empty line is above and below.  On too narrow a terminal, lists."""
+    width, rows = None if title is None else len(title), [*rows]
     plain = Table(title=title, title_justify="left", box=box.SIMPLE, min_width=width)
-    plain.pad_edge, plain.collapse_padding = False, True
+    plain.pad_edge, plain.collapse_padding, plain.show_edge = False, True, edges
     for number, column in enumerate(columns):
         plain.add_column(column, justify="left" if number in left else "right", no_wrap=True)
-    for part in parts:
-        plain.add_section()
-        for row in part:
-            plain.add_row(*row)
+    for row in rows:
+        plain.add_row(*row)
     console = Console()
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, plain).maximum <= console.width:
         return plain
     lists = Table.grid(padding=(0, 2))
     lists.title, lists.title_justify = title, "left"
-    for row in (*parts[0], *parts[1]):
+    for row in rows:
         for column, cell in zip(columns, row, strict=True):
             lists.add_row(column.replace("\n", " "), cell)
         lists.add_row()

@@ -31,6 +31,7 @@ from slotmoe.offload.ingest.output_dir import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.plan import memory
+from slotmoe.offload.plan.advice import precision_of
 from slotmoe.offload.plan.memory import (
     HELP_BYTES,
     PREFILL_CHUNK,
@@ -189,7 +190,8 @@ class _Loader:
             advice = "slotmoe quantize with --keep-mtp makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         codecs = memory.default_codecs(self._config)
-        plan = self._make_plan(sizes_of(self._config, "int8", codecs), self.budget)
+        resident = precision_of(self._config, "auto")
+        plan = self._make_plan(sizes_of(self._config, resident, codecs), self.budget)
         self._draft(1 + plan.drafted)
         self._refuse(plan)
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast
 
@@ -253,15 +254,21 @@ def check_messages(messages: object, tools: object) -> None:
 
 
 def ids_of(prompt: object) -> list[int]:
-    """A prompt's token ids.  Raises ``ConfigError`` unless it is a sequence of integers."""
+    """A prompt's token ids, also of an array or tensor.  Raises ``ConfigError`` unless it is a
+    sequence of integers."""
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
         expected = "expected a list of token ids, as encode(text) gives"
         raise ConfigError(f"the prompt is of the type {type(prompt).__name__}, {expected}")
-    strange = [item for item in prompt if type(item) is not int]
+    others = [item for item in prompt if type(item) is not int]
+    strange = [it for it in others if isinstance(it, bool) or not isinstance(it, Integral)]
     if strange:
         problem = f"the prompt holds a {type(strange[0]).__name__}"
         problem += ", expected text or token ids, which are integers"
         if isinstance(strange[0], Mapping):
             problem += "; give a conversation as messages="
+        elif isinstance(strange[0], str | Sequence):
+            problem += "; generate_all takes several prompts"
         raise ConfigError(problem)
-    return [*prompt]
+    return [*map(int, prompt)]

@@ -28,12 +28,12 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.hub import Shards, copy
-from slotmoe.offload.ingest.manifest import resident_mode
 from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Snapshot, is_commit, needed, resolve
 from slotmoe.offload.machine import cache_folder, read_note, write_note
 from slotmoe.offload.model_cache import is_export, locate, mark_used
+from slotmoe.offload.plan.advice import precision_of
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
@@ -58,7 +58,7 @@ def cached_export(
     if not is_export(destination):
         with open_checkpoint(source) as checkpoint:
             config, codecs = checkpoint.config, codecs_for(checkpoint)
-        sizes = sizes_of(config, resident_mode("auto"), codecs)
+        sizes = sizes_of(config, precision_of(config, "auto"), codecs)
         size = format_size(export_bytes(config, sizes))
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")

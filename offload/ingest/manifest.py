@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of, split_name
@@ -17,7 +16,7 @@ from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
 from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.writer import replace_file
-from slotmoe.quant.shapes import RESIDENT_MODES, resident_quantization
+from slotmoe.quant.shapes import resident_quantization
 
 Squares = Sequence[float]
 """Sum of squared errors and sum of squared weights."""
@@ -34,16 +33,6 @@ class Stored:
     kind: str | Codec
     shape: tuple[int, ...]
     parts: tuple[str, ...]
-
-
-def resident_mode(resident: str) -> str:
-    """The precision that ``--resident`` stands for.  Raises ``ConfigError``."""
-    if resident == "auto":
-        return "int8"
-    if resident not in RESIDENT_MODES:
-        known = ", ".join(("auto", *RESIDENT_MODES))
-        raise ConfigError(f"resident {resident!r:.40} is unknown, expected one of: {known}")
-    return resident
 
 
 class Contents:

@@ -30,12 +30,7 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
 from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, level_samples
 from slotmoe.offload.ingest.hub import Portion, Shards
-from slotmoe.offload.ingest.manifest import (
-    Contents,
-    quantization_report,
-    resident_mode,
-    write_files,
-)
+from slotmoe.offload.ingest.manifest import Contents, quantization_report, write_files
 from slotmoe.offload.ingest.output_dir import (
     Notify,
     Progress,
@@ -49,6 +44,7 @@ from slotmoe.offload.ingest.output_dir import (
     source_files,
 )
 from slotmoe.offload.model_source import small_parts
+from slotmoe.offload.plan.advice import precision_of
 from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import Hessian, NotFiniteError
 from slotmoe.quant.export import writer
@@ -88,12 +84,12 @@ def quantize(
     ``calibration`` are windows of token ids: codes with learned levels, but for that head's, are
     made with that text's Hessians.  Raises ``CheckpointError`` or ``ConfigError`` for a bad source
     and ``ExportError`` if the destination can't take the export."""
-    mode, folder = resident_mode(resident), output_dir.beside(destination, "partial")
+    folder = output_dir.beside(destination, "partial")
     progress, checking, notify = informs(progress), informs(checking), informs(notify)
     with open_checkpoint(source, keep_mtp) as checkpoint, output_dir.locked(folder, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
-        codecs = codecs or codecs_for(checkpoint)
+        mode, codecs = precision_of(checkpoint.config, resident), codecs or codecs_for(checkpoint)
         existing = None if overwrite else export_of(checkpoint, mode, codecs, destination)
         if existing is None:
             output_dir.check_destination(destination, overwrite)

@@ -15,7 +15,7 @@ from torch import Tensor
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
-from slotmoe.offload.ingest.manifest import Contents, resident_mode, write_files
+from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import (
     Progress,
     beside,
@@ -27,6 +27,7 @@ from slotmoe.offload.ingest.output_dir import (
     refuse_begun,
 )
 from slotmoe.offload.model_cache import SAMPLE
+from slotmoe.offload.plan.advice import precision_of
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
@@ -59,7 +60,7 @@ def synthesize(
         name: torch.int32 if role_of(name) == TABLE else torch.bfloat16
         for name in resident_shapes(config)
     }
-    contents = Contents(config, resident_mode(resident), codecs, dtypes)
+    contents = Contents(config, precision_of(config, resident), codecs, dtypes)
     distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
     partial = beside(destination, "partial")
     partial.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,13 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, Plan, Sizes, sizes_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
+from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size
+
+# Least and most that was measured of a predicted speed, also with one core busy, by whether rates
+# are assumed (docs/memory-and-planning.md).
+SPREAD = {False: (0.65, 1.25), True: (0.4, 2.0)}
+MOST_INT8 = 4 << 30  # bytes of resident weights; beyond, 4 bits leave much more to the experts
 
 
 @dataclass(frozen=True)
@@ -82,21 +88,22 @@ def gpu_named(name: str) -> KnownGpu:
     raise ConfigError(f"GPU {name!r:.40} is unknown; {meant}{known}")
 
 
-_NAMES = (  # of a geometry's file first, then of models that were trained further
-    ("v2", "v2.5", "coder-v2"),
-    ("v2-lite", "coder-v2-lite"),
-    ("v3", "r1", "v3.1"),
-    *[(name,) for name in "v3.2 v4-flash v4-pro moonlight kimi-k2 glm-4.7-flash glm-5".split()],
-    *[(name,) for name in "mistral-small-4 qwen3-30b-a3b qwen3-235b-a22b glm-4.5-air".split()],
-    *[(name,) for name in "minimax-m2 gpt-oss-20b gpt-oss-120b".split()],
+_KNOWN: dict[str, tuple[str, str]] = json.loads(
+    Path(__file__).with_name("geometries.json").read_bytes()
 )
-GEOMETRIES = {name: f"geometries/{names[0]}.json" for names in _NAMES for name in names}
+GEOMETRIES = {name: f"geometries/{file}.json" for name, (file, _) in _KNOWN.items()}
+HUB = {name: hub for name, (_, hub) in _KNOWN.items()}  # a model on the hub with that geometry
 GEOMETRIES["sample"] = "sample/config.json"
+
+
+def geometry_key(name: str) -> str:
+    """The name in ``GEOMETRIES`` that is meant, if any is."""
+    return name.lower().replace(" ", "-").replace("_", "-").removeprefix("deepseek-")
 
 
 def geometry_path(geometry: str) -> Path:
     """The config file of a geometry's name, or the path itself.  Raises ``ConfigError``."""
-    key = geometry.lower().replace(" ", "-").replace("_", "-").removeprefix("deepseek-")
+    key = geometry_key(geometry)
     if key in GEOMETRIES:
         return Path(model_package.__file__).parent / GEOMETRIES[key]
     if not Path(geometry).is_file():
@@ -120,6 +127,18 @@ class Model:
     codecs: ExpertCodecs | None = None
     random_weights: bool = False
     kept: bool = True
+
+    def precision(self, wanted: str) -> tuple[str, str]:
+        """``precision_of`` for ``--resident wanted``, and why; of an export it is settled.  Raises
+        ``ConfigError`` or ``PlanError``."""
+        if self.resident is not None and wanted in ("auto", self.resident):
+            return self.resident, "as in the export"
+        if self.resident is not None:
+            problem = f"its resident weights are {self.resident}"
+            raise PlanError(f"{self.name}: {problem}; quantize again for --resident {wanted}")
+        size, most = format_size(_int8_bytes(self.config)), format_size(MOST_INT8)
+        why = f"int8 would take {size}, and is the default up to {most}"
+        return precision_of(self.config, wanted), why if wanted == "auto" else "as asked"
 
     def with_mtp(self) -> "Model":
         """The same with the head that predicts one token more.  Raises ``ConfigError``."""
@@ -169,22 +188,20 @@ class Machine:
     notes: Sequence[str] = ()
 
 
-def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
-    """How resident weights are stored, and why.  For ``auto`` int8 stays closest to the source,
-    unless it takes half of the fast tier.  Raises ``PlanError``."""
-    if model.resident is not None:
-        if wanted not in ("auto", model.resident):
-            problem = f"its resident weights are {model.resident}"
-            raise PlanError(f"{model.name}: {problem}; quantize again for --resident {wanted}")
-        return model.resident, "as in the export"
-    if wanted != "auto":
-        return wanted, "as asked"
-    budget = machine.vram or machine.ram
-    size = sum(sizes_of(model.config, "int8", DEFAULT_CODECS).resident.values())
-    share = f"int8 takes {format_size(size)} of {format_size(budget)}"
-    if 2 * size <= budget:
-        return "int8", f"{share} and is closest to the source"
-    return "mixed", f"{share}, more than half, and leaves too little to the experts"
+def precision_of(config: Config, wanted: str) -> str:
+    """How resident weights are stored, of ``RESIDENT_MODES``.  ``auto`` is int8, closest to the
+    source, up to ``MOST_INT8``.  It knows no machine, so that plan, quantize and run choose alike,
+    and an export has the same bytes wherever it is made.  Raises ``ConfigError``."""
+    if wanted == "auto":
+        return "int8" if _int8_bytes(config) <= MOST_INT8 else "mixed"
+    if wanted not in RESIDENT_MODES:
+        known = ", ".join(("auto", *RESIDENT_MODES))
+        raise ConfigError(f"resident {wanted!r:.40} is unknown, expected one of: {known}")
+    return wanted
+
+
+def _int8_bytes(config: Config) -> int:
+    return sum(sizes_of(config, "int8", DEFAULT_CODECS).resident.values())
 
 
 def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
@@ -262,7 +279,8 @@ class Scenario:
         """Up to three changes that make the plan fit, the cheapest first; none if it fits."""
         if self.fits:
             size, fits = (self.disk()[name] for name in ("export", "fits"))
-            return [] if fits else [f"call this from a drive with {format_size(size)} free"]
+            where = f"a folder with {format_size(size)} free"
+            return [] if fits else [f"set SLOTMOE_CACHE to {where}, or quantize into one"]
         again = "" if self.model.resident is None else "quantize again with "
         largest, mixed = self.largest_context(), replace(self, resident="mixed")
         on_cpu = replace(self, machine=replace(self.machine, vram=None))
@@ -326,7 +344,14 @@ class Scenario:
         }
         if not self.fits:
             return report
-        return report | asdict(self._setting().predict(prompt_tokens, new_tokens))
+        setting = self._setting()
+        report |= asdict(setting.predict(prompt_tokens, new_tokens))
+        report["found_in_memory"] = setting.hits(max(plan.slots, plan.host_slots))
+        assumed = any(rates.origin_of(tier).startswith("assumed") for tier in (*tiers, *CORE))
+        for kind in ("prefill", "decode"):
+            speed = report[f"{kind}_tokens_per_second"]
+            report[f"{kind}_range"] = speed and [share * speed for share in SPREAD[assumed]]
+        return report
 
     def _setting(self) -> Setting:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
@@ -348,6 +373,8 @@ class Scenario:
             if other.fits:
                 speed = other._setting().predict(prompt_tokens, new_tokens).decode_tokens_per_second
             row = {"codec": codec, "bits": bits, "resident": mode, "slots": other.plan.slots}
+            row["host_slots"] = other.plan.host_slots
+            row["planned"] = mode == self.resident and codecs.names() == self.codecs.names()
             row["export"] = memory.export_bytes(self.model.config, other.sizes)
             row["decode_tokens_per_second"] = speed
             row["kl_divergence"] = expected(codec, bits, mode, calibrated=False)

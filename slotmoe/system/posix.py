@@ -201,12 +201,12 @@ def ready_streams() -> None:
 
 def terminal_mode(echo: bool = True) -> Callable[[], object]:
     """What restores the terminal's mode as it is now; without ``echo`` what is typed meanwhile does
-    not show."""
+    not show, and an Enter stays one for who reads keys later: it becomes no line feed."""
     if not sys.stdin.isatty():
         return lambda: None
     before = termios.tcgetattr(sys.stdin)
     if not echo:
-        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        silent = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~termios.ECHO, *before[4:]]
         termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     return lambda: termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 

@@ -2,8 +2,12 @@
 and log-probabilities are what they are one by one."""
 
 import asyncio
+import pickle
+from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
@@ -39,6 +43,8 @@ def test_what_is_no_option(options, problem):
 ASKED = [
     ({"prompt": b"x"}, "of the type bytes, expected a list of token ids"),
     ({"prompt": [True]}, "holds a bool, expected text or token ids"),
+    ({"prompt": ["a", "b"]}, "holds a str, .*; generate_all takes several prompts"),
+    ({"prompt": torch.tensor([[1]])}, "holds a list, .*; generate_all takes several prompts"),
     ({"temperature": "1"}, "temperature is '1', expected a number"),
     ({"top_k": 1.5, "temperature": 1}, "top_k is 1.5, expected a whole number"),
     ({"chat": "no"}, "chat is 'no', expected True or False"),
@@ -68,8 +74,20 @@ def test_other_mistakes_are_sentences_too(runtime):
     ):
         with pytest.raises(ConfigError, match=problem):
             call()
+    assert len(repr(runtime)) < 90 and "context 256" in repr(runtime)
+    with pytest.raises(ConfigError, match="can't be pickled"):
+        pickle.dumps(runtime)
+    with pytest.raises(ConfigError, match=f"{Path.home()}/nowhere: no such folder"):
+        Runtime.open("~/nowhere")
     with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temp'"):
         runtime.generate_all(["Call me"], temp=1)
+
+
+def test_ids_may_be_arrays_and_equal_prompts_with_a_seed_are_equal_texts(runtime):
+    ids, seeded = runtime.encode("Call me"), {"temperature": 1.0, "seed": 3, "max_new_tokens": 8}
+    arrays = ids, torch.tensor(ids), numpy.array(ids), [numpy.int64(id_) for id_ in ids]
+    texts = [text.read() for text in runtime.generate_all(arrays, **seeded)]
+    assert texts == [runtime.generate("Call me", **seeded).read()] * 4
 
 
 def test_a_conversation_is_the_chat_of_its_messages(runtime, processes):

@@ -14,7 +14,7 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import advice
-from slotmoe.offload.plan.advice import geometry_path, gpu_named
+from slotmoe.offload.plan.advice import HUB, geometry_path, gpu_named
 from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
     CORE,
@@ -30,12 +30,13 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.shapes import MARKS
 from slotmoe.state import plain_row
+from slotmoe.system import cores
 from tests.support import streams
 from tests.support.engine import start
 from tests.support.hub import NAME, Repo
 from tests.support.meta import empty
 from tests.support.slab import NF4S
-from tests.support.tiny import SAMPLE
+from tests.support.tiny import SAMPLE, SMALL, write_checkpoint
 from tests.support.twin import Twin, open_on
 from tests.support.v4 import CONFIGS, state_bytes, write_case
 
@@ -181,18 +182,80 @@ def test_an_export_is_planned_as_run_plans_it(planned, sample_export, processes)
         assert components["KV cache"] == state_bytes(state)
 
 
-def test_what_a_model_takes_of_the_disk(plan, planned, sample_export, monkeypatch):
-    free = SimpleNamespace(free=38 * GIB)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
-    found = planned("v2", "--ram", "32GiB")["disk"]  # of another machine, perhaps
-    assert (found["fits"], found["free"]) == (True, None)
-    assert found["download"] == pytest.approx(472e9, rel=0.01)
+def test_what_a_model_takes_of_the_disk(plan, planned, sample_export, tmp_path, monkeypatch):
+    """Of the cache folder's, which is still to be made; another machine's is not known."""
+    looked = []
+    usage = lambda folder: looked.append(folder) or SimpleNamespace(free=38 * GIB)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr("slotmoe.offload.machine.total_memory", lambda: 40 * GIB)
     monkeypatch.setattr("slotmoe.offload.machine.available_memory", lambda: 32 * GIB)
-    code, out, _ = plan("v2")
-    assert code == 1
-    assert re.match(r"v2 does not fit: its export takes 1.*GiB, 38.0 GiB are free in /", out)
+    found = planned("v2", "--ram", "41GiB")["disk"]
+    assert (found["fits"], found["free"], looked) == (True, None, [])
+    assert found["download"] == pytest.approx(472e9, rel=0.01)
+    for budget in ([], ["--ram", "32GiB"]):
+        code, out, _ = plan("v2", *budget)
+        assert code == 1 and {*looked} == {tmp_path}
+        last = out.splitlines()[-1]
+        assert re.match(r"v2 does not fit: its export takes 1.*GiB, 38.0 GiB are free in /", last)
     found = planned(sample_export)["disk"]
     assert (found["download"], found["export"], found["fits"]) == (0, 0, True)
+
+
+MACHINES = [
+    ("--device cpu --ram 64GiB --disk-bandwidth 2GB", "fits: about"),
+    ("--gpu rtx-4090 --ram 100GiB --vram 23.2GiB --threads 8 --misses cpu", "fits: an estimated"),
+    ("--device cpu --ram 1GiB", "does not fit"),
+]
+
+
+@pytest.mark.parametrize(("machine", "verdict"), MACHINES)
+def test_a_plan_fits_a_terminal_and_ends_in_the_command_to_type(
+    plan, planned, machine, verdict, monkeypatch
+):
+    """24 lines of 80 columns; with --verbose more, and the same end."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("v2", "v4-flash", "kimi-k2", "gpt-oss-120b"):
+        out = plan(name, *machine.split())[1].splitlines()
+        assert sum(1 + (len(line) - 1) // 80 for line in out if line) + out.count("") <= 24
+        report = planned(name, *machine.split())
+        if not report["fits"]:
+            assert verdict in out[-1] and report["command"] is None
+            continue
+        hub = HUB[name]
+        assert re.fullmatch(rf"slotmoe quantize {hub}  # downloads \d.* GiB", out[-1])
+        assert f"{name} {verdict}" in out[-2]
+        shown = re.search(r"tokens/s \((\S+) to (\S+)\)", out[-2])
+        assert float(shown[1]) < report["decode_tokens_per_second"] < float(shown[2])
+        if report["host_slots"]:  # experts in RAM are in memory too
+            row = next(row for row in report["choices"] if row["planned"])
+            assert row["host_slots"] == report["host_slots"] > row["slots"]
+            shown = f"{report['host_slots'] / report['experts']:.0%}"
+            assert any(shown in line.split() for line in out), shown
+            assert report["found_in_memory"] > report["hit_rate"]
+        verbose = plan(name, *machine.split(), "--verbose")[1]
+        assert verbose.splitlines()[-2:] == out[-2:] and "Taken for granted: " in verbose
+
+
+def test_the_command_to_type_is_as_was_planned(planned, sample_export):
+    plain = "v2 --ram 900GiB --device cpu".split()
+    more = "--resident nf4 --bits 3 --codec lut --draft off --prompt-tokens 9".split()
+    found = planned(*plain, *more)["command"]
+    assert found == f"slotmoe quantize {HUB['v2']} --resident nf4 --codec lut --bits 3"
+    found = planned("v3", *plain[1:], "--draft", "mtp")["command"]
+    assert found == f"slotmoe quantize {HUB['v3']} --keep-mtp"
+    found = planned(sample_export, "--ram", "2GiB", "--no-prefetch", "--prompt-tokens", 9)
+    assert found["command"] == f'slotmoe run {sample_export} "Your prompt" --ram 2GiB --no-prefetch'
+
+
+@pytest.mark.parametrize(("most", "precision"), [(0, "mixed"), (1 << 40, "int8")])
+def test_plan_and_quantize_choose_alike(planned, slotmoe, tmp_path, monkeypatch, most, precision):
+    monkeypatch.setattr("slotmoe.offload.plan.advice.MOST_INT8", most)
+    write_checkpoint(tmp_path / "source", **SMALL)
+    report = planned(tmp_path / "source", "--ram", "2GiB")
+    assert report["resident"]["precision"] == precision
+    assert report["command"] == f"slotmoe quantize {tmp_path}/source"
+    code, out, _ = slotmoe("quantize", tmp_path / "source", tmp_path / "made", "--json")
+    assert code == 0 and json.loads(out)["quantization"] == precision
 
 
 LOWER = "lower --prompt-tokens, or raise --context (now 64, the model has 163840)"
@@ -206,6 +269,8 @@ BAD = [
     ("v2 --device cpu --gpu rtx-4090", "drop one"),
     ("v2 --codec nf4 --bits 3", "--codec nf4 has no 3 bits"),
     ("v2 --slots 3", "3 expert slots are too few"),
+    ("v2-lite --device cpu --pcie-bandwidth 9GB", "--pcie-bandwidth 9GB is given and no GPU"),
+    ("v2-lite --device cpu --gpu-bandwidth 9GB", "--gpu-bandwidth 9GB is given and no GPU"),
 ]
 
 
@@ -357,12 +422,14 @@ SOME = "v3 --ram 96GiB --device cpu --ram-bandwidth 90GB --threads 32".split()
 EACH = [
     *("--slots 100", "--no-prefetch", "--draft mtp", "--threads 8", "--ram-bandwidth 50GB"),
     *("--disk-bandwidth 5GB", "--experts-dir x", "--context 65536", "--ram 64GiB", "--bits 3"),
-    *("--gpu rtx-4090", "--resident mixed", "--prompt-tokens 9 -n 9", "--vram 16GiB --device auto"),
+    *("--gpu rtx-4090", "--resident int8", "--prompt-tokens 9 -n 9", "--vram 16GiB --device auto"),
 ]
 
 
 def test_each_option_changes_the_prediction_or_is_not_offered(plan, planned):
     base = planned(*SOME)
+    few, many = (planned("v2-lite", "--device", "cpu", "--threads", n) for n in (cores(), 64))
+    assert many["prefill_tokens_per_second"] > few["prefill_tokens_per_second"]
     for options in EACH:
         words = options.split()
         some = [word for word in SOME if "gpu" not in options or word not in ("--device", "cpu")]

@@ -241,6 +241,8 @@ def test_interrupt_on_a_real_terminal(sample_export):
     options = "--temperature 0 -n 1000 --context 1024".split()
     with OnTerminal("chat", sample_export, *options) as terminal:
         terminal.until("loading ")
+        terminal.send("/system Be brief\r")  # waits for the prompt, and is sent there
+        terminal.until("system message: Be brief")
         terminal.until("context 0 of 1,024")
         terminal.send("Tell me of the kings of England, and of their wars, at length.\r")
         terminal.until("tokens/s")

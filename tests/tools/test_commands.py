@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear line of complaint before any work, what goes to stdout
 and what to stderr, a user's own defaults, and what help shows."""
 
+import io
 import json
 import re
 import shlex
@@ -36,7 +37,14 @@ def run(slotmoe, small_export, checkpoint):
 # A line that is refused, with exit code 2 and nothing on stdout -> what stderr says.
 REFUSED = {
     "run nowhere x": "nowhere: no such folder",
-    "run EXPORT": "PROMPT",
+    "run EXPORT": "Missing argument 'PROMPT'",
+    "run EXPORT x --temp 1": "--temp; did you mean --temperature?",
+    "run EXPORT x -ngl 10": "-ngl; did you mean --vram?",
+    "run EXPORT x -c 64": "-c; did you mean --context?",
+    "run EXPORT x -n gl": "not a valid integer",
+    "run DeepSeek-V2-Lite-Chat x": "did you mean deepseek-ai/DeepSeek-V2-Lite-Chat?",
+    "quantize moonlight dst": "is a geometry, without weights; moonshotai/Moonlight-16B-A3B-Instr",
+    "quantize nowhere": "nowhere: no such folder or file; SRC is",
     "run EXPORT x --ram lots": "'lots' is not a size",
     "run EXPORT x --ram 3": "'3' is 3 bytes; write the unit",
     "run EXPORT x --device cpu --misses fetch": "misses fetch",
@@ -74,6 +82,9 @@ REFUSED = {
 def test_what_is_refused_is_one_line_and_exit_code_2(run, monkeypatch, tmp_path, network):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "moonlight-random").mkdir(parents=True)
+    (tmp_path / "cache" / "moonlight-random" / "slotmoe.json").touch()  # as synth makes it
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     for line, wanted in REFUSED.items():
         before = {*tmp_path.rglob("*")}
         code, out, err = run(line)
@@ -103,6 +114,8 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(run, monkeypatch):
     assert run(f"{line} --verbose")[1] == out
     seeded = [run(f"{line} --temperature 2 --seed {seed}")[1] for seed in (1, 1, 2)]
     assert seeded[0] == seeded[1] != seeded[2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello")))
+    assert run("run EXPORT -n 5")[1] == out  # the prompt is piped in
     code, json_out, err = run(f"{line} --json")
     report = json.loads(json_out)
     assert (code, err, json_out.count("\n")) == (0, "", 1)

@@ -248,6 +248,7 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page):
     page.say(long, 2)
     assert "(start with a larger --context, the model has 1024)" in page.texts("#notice")[0]
     assert page.evaluate("at('prompt').value") == long
+    assert page.evaluate("request(chat).messages.length") == 2  # nothing was forgotten for it
     page.evaluate("at('prompt').value = ''")
     page.say("Hello again", 4)  # not a dead end
     assert page.evaluate("at('notice').hidden")

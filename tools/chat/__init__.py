@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,6 +10,7 @@ import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.offload.machine import cache_folder
+from slotmoe.system import terminal_mode
 from slotmoe.tools import options
 from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
 from slotmoe.tools.sessions import go_on, open_session
@@ -103,7 +104,10 @@ def command(
         options.require_extra("chat", "prompt_toolkit")
     from slotmoe.tools.chat.conversation import Dialogue
 
-    with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
+    loading = ExitStack()
+    if on_terminal:
+        loading.callback(terminal_mode(echo=False))
+    with loading, open_session(given, "chat") as session, open_runtime(model, given) as runtime:
         sampling = runtime.sampling.with_given(**{name: given[name] for name in options.SAMPLING})
         conversation = Dialogue(
             runtime, max_new_tokens, sampling, system=system, session=session, stop=given["stop"]
@@ -119,6 +123,7 @@ def command(
             context = f"{runtime.context:,} tokens of context"
             frontend.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
         go_on(session, runtime, given["session_limit"], frontend.say)
+        loading.close()  # the first prompt has what was typed
         with frontend.talking():
             talk(conversation, frontend)
 
