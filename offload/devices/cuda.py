@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -249,28 +248,13 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class CudaFacts:
-    """What torch says about CUDA here.  ``cuda`` is the version that it was built for, or ``rocm``;
-    ``problem`` the driver's complaint, if it has one; ``capability`` and ``architectures`` (like
-    ``sm_90``) are the GPU's and those that this torch has kernels for."""
-
-    torch: str
-    built: bool
-    problem: str = ""
-    name: str = ""
-    capability: tuple[int, int] = (0, 0)
-    architectures: tuple[str, ...] = ()
-    rocm: str = ""
-    cuda: str = ""
-
-
-def cuda_facts(index: int = 0) -> CudaFacts:
-    """Ask torch, and the driver through it, about GPU ``index`` in CUDA's order."""
-    if torch.version.hip or not torch.backends.cuda.is_built():
-        return CudaFacts(torch.__version__, built=False, rocm=torch.version.hip or "")
-    cuda = torch.version.cuda or ""
+def judge_gpu(index: int, strictly: bool) -> tuple[str, str, str]:
+    """The name of GPU ``index`` in CUDA's order, empty if none is visible, why it is not used, and
+    what mends that; ``strictly``: nor where only plain torch would serve it."""
+    version, built = f"torch {torch.__version__}", torch.version.cuda or ""
     try:
+        if not built:
+            raise RuntimeError("it was built without that")
         with warnings.catch_warnings():
             # torch warns of an old driver first; ``init`` then says the same as an error.
             warnings.simplefilter("ignore")
@@ -281,30 +265,17 @@ def cuda_facts(index: int = 0) -> CudaFacts:
             name = torch.cuda.get_device_name(index)
             capability = torch.cuda.get_device_capability(index)
     except (RuntimeError, AssertionError) as problem:
-        told = str(problem).strip().partition("\n")[0].partition(". Please update")[0]
-        return CudaFacts(torch.__version__, True, told, cuda=cuda)
-    known = tuple(torch.cuda.get_arch_list())
-    return CudaFacts(torch.__version__, True, "", name, capability, known, cuda=cuda)
-
-
-def why_not(facts: CudaFacts, gpu: Gpu | None = None) -> tuple[str, str]:
-    """Why ``gpu``, of which torch says these ``facts``, can't be used, and what mends that; empty
-    if it can."""
-    if not facts.built:
-        kind = f"for ROCm {facts.rocm}, not for CUDA" if facts.rocm else "without CUDA"
-        return f"torch {facts.torch} was built {kind}", fitting_torch(gpu)
-    if facts.problem:
-        reason = f"torch {facts.torch} can't use CUDA: {facts.problem}"
-        return reason, fitting_torch(gpu, facts.cuda)
-    capability = f"its compute capability is {facts.capability[0]}.{facts.capability[1]}"
-    if facts.capability < MIN_CAPABILITY:
-        least = ".".join(map(str, MIN_CAPABILITY))
-        return f"{capability}, torch and slotmoe need {least}", "the CPU computes"
-    if not any(_runs(built, facts.capability) for built in facts.architectures):
-        known = ", ".join(facts.architectures)
-        reason = f"{capability}, for which torch {facts.torch} has no kernels (it has {known})"
-        return reason, fitting_torch(gpu)
-    return "", ""
+        told = str(problem).strip().partition("\n")[0].partition(". Please update your")[0]
+        gpu = visible_gpu(index)
+        mend = fitting_torch(gpu, built)
+        return gpu.name if gpu else "", f"{version} can't use CUDA: {told}", mend
+    age, known = "its compute capability is {}.{}".format(*capability), torch.cuda.get_arch_list()
+    if capability < MIN_CAPABILITY:
+        return name, f"{age}, torch and slotmoe need 7.0", "the CPU computes"
+    if not any(_runs(architecture, capability) for architecture in known):
+        reason = f"{age}, for which {version} has no kernels (it has {', '.join(known)})"
+        return name, reason, fitting_torch(visible_gpu(index))
+    return name, *(lacking(capability) if strictly else ("", ""))
 
 
 def fitting_torch(gpu: Gpu | None, built: str = "") -> str:
@@ -341,7 +312,7 @@ def choose_device(
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"
-    name, reason, mend = _judged(index, wanted == "auto" and bindings.load() is not None)
+    name, reason, mend = judge_gpu(index, wanted == "auto" and bindings.load() is not None)
     if reason and wanted != "auto":
         raise ConfigError(f"device {wanted}: {reason}; {mend}; or use --device cpu")
     if reason:
@@ -351,21 +322,10 @@ def choose_device(
     return make(index), "as asked" if wanted != "auto" else f"{name} is here"
 
 
-def _judged(index: int, strictly: bool) -> tuple[str, str, str]:
-    """The name of GPU ``index``, empty if none is visible, why it is not used, and what mends that;
-    ``strictly``: nor where only plain torch would serve it."""
-    facts = cuda_facts(index)
-    gpu = None if facts.name and not why_not(facts)[0] else visible_gpu(index)
-    reason, mend = why_not(facts, gpu)
-    if strictly and not reason:
-        reason, mend = lacking(facts.capability)
-    return facts.name or (gpu.name if gpu else ""), reason, mend
-
-
 def gpu_report(index: int) -> Json:
     """Of GPU ``index``: its ``name``, the ``reason`` why ``auto`` would not take it, what would
     ``mend`` that, and the bytes that are ``free`` of it."""
-    name, reason, mend = _judged(index, strictly=True)
+    name, reason, mend = judge_gpu(index, strictly=True)
     if not reason:
         try:
             importlib.import_module("triton")

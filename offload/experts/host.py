@@ -241,9 +241,8 @@ class HostTier:
 
 
 class _Pinning:
-    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once.  Of a
-    piece that the system refuses, halves, quarters and eighths are tried until none of these is
-    locked either; then each later piece is tried once, until one is locked again."""
+    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once, until
+    the system refuses one: where its limit is reached, each that is refused could spoil others."""
 
     def __init__(self, slab: Tensor, device: Device):
         self._device, self._lock = device, threading.Lock()
@@ -255,7 +254,7 @@ class _Pinning:
             for piece, records in enumerate(self._pieces)
         }
         self._locked: list[Tensor] = []
-        self.refused = self._full = False
+        self.refused = False
         self.bytes, self.seconds, self._total = 0, 0.0, slab.nbytes
 
     def announced(self) -> str:
@@ -287,30 +286,20 @@ class _Pinning:
                     self._pin(piece)
 
     def _pin(self, piece: int) -> None:
-        if self._unwritten.pop(piece, None) is None:
+        if self._unwritten.pop(piece, None) is None or self.refused:
             return
-        told, started = self.refused, time.perf_counter()
-        self._lock_pages(self._pieces[piece])
-        self.seconds += time.perf_counter() - started
-        if self.refused and not told:
-            locked, total, name = *map(format_size, (self.bytes, self._total)), self._device.name
-            logging.getLogger("slotmoe").warning(
-                "the system has locked only %s of %s of RAM for %s: copies from the rest are "
-                "slower; with less --ram all of it may be locked", locked, total, name
-            )  # fmt: skip
-
-    def _lock_pages(self, records: Tensor) -> None:
+        records, started = self._pieces[piece], time.perf_counter()
         if self._device.pin(records):
             self._locked.append(records)
             self.bytes += records.nbytes
-            self._full = False
+            self.seconds += time.perf_counter() - started
             return
         self.refused = True
-        if self._full or len(records) <= max(1, self._count // 8):
-            self._full = True
-            return
-        for half in records.chunk(2):
-            self._lock_pages(half)
+        locked, total, name = *map(format_size, (self.bytes, self._total)), self._device.name
+        logging.getLogger("slotmoe").warning(
+            "the system has locked only %s of %s of RAM for %s: copies from the rest are slower; "
+            "with less --ram all of it may be locked", locked, total, name
+        )  # fmt: skip
 
     def close(self) -> None:
         while self._locked:

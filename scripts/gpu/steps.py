@@ -66,11 +66,12 @@ def opened(dry: bool, export: str = "sample", **options: Any) -> Any:
 @step
 def facts(dry: bool) -> Found:
     """The GPU, its link and copy engines, and what Triton needs."""
-    from slotmoe.offload.devices.cuda import cuda_facts, why_not
+    import torch
+
+    from slotmoe.offload.devices.cuda import judge_gpu
     from slotmoe.offload.machine import instruction_set
 
-    found = cuda_facts()
-    engines, reason = ctypes.c_int(0), why_not(found)[0]
+    engines, (name, reason, _) = ctypes.c_int(0), judge_gpu(0, strictly=False)
     if not reason:
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuInit(0)
@@ -81,9 +82,9 @@ def facts(dry: bool) -> Found:
     return {
         "ok": dry or not reason,
         "why_not": reason,
-        "torch": found.torch,
-        "gpu": found.name,
-        "capability": found.capability,
+        "torch": torch.__version__,
+        "gpu": name,
+        "capability": None if reason else torch.cuda.get_device_capability(0),
         "copy_engines": engines.value,
         "nvidia_smi": printed(smi).splitlines(),
         "native_kernels": instruction_set(),

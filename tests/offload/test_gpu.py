@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,8 +15,6 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.devices import cuda
-from slotmoe.offload.devices.cuda import CudaFacts, choose_device
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.passes import Row
@@ -26,7 +23,6 @@ from slotmoe.offload.observe.measure import Lasting
 from slotmoe.offload.plan.speed import MEASURED
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.signals import ENDING
 from slotmoe.sizes import format_size
 from slotmoe.tools.bench.speed import calibration, measure
@@ -114,8 +110,7 @@ def test_several_sequences_and_traces(on_twin, tmp_path):
 
 
 def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, caplog):
-    """Smaller pieces are locked while larger ones are refused, and later ones as soon as they may
-    be; the copies from what is locked wait for no host."""
+    """And no more is tried.  What else needs locked RAM got it before."""
     record = 28672
     monkeypatch.setattr(host, "PIN_BYTES", 16 * record)
     twin = Twin()
@@ -123,13 +118,12 @@ def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, c
     with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
         start(runtime)(IDS[:1])  # 42 records
         found, slab = runtime.stats()["io"]["host"], runtime.model.store.slab
-        assert not found["pinned"] and found["pinned_bytes"] == 22 * record
+        assert not found["pinned"] and found["pinned_bytes"] == 16 * record
         twin.gpu.pins = 128 * record
         assert torch.equal(runtime.logits(IDS), wanted[0])
         runtime.warm()
-        locked = runtime.stats()["io"]["host"]["pinned_bytes"]
-        assert 100 * record < locked == sum(twin.gpu.pinned().values())
-    told = f"only {format_size(22 * record)} of {format_size(slab.nbytes)} of RAM for the twin"
+        assert sum(twin.gpu.pinned().values()) == 16 * record
+    told = f"only {format_size(16 * record)} of {format_size(slab.nbytes)} of RAM for the twin"
     assert [told in record.message for record in caplog.records] == [True]
 
 
@@ -149,50 +143,6 @@ def test_ram_is_unlocked_when_copies_from_it_have_ended(on_twin, monkeypatch, la
         runtime.engine.call(lambda: slots.prefetch(0, 1))
         until(lambda: begun.is_set() if late else store._copying)
     assert ended == [True]
-
-
-# Which device
-
-
-GOOD = CudaFacts("2.9", True, "", "NVIDIA L4", (8, 9), ("sm_80", "sm_90", "compute_90"))
-BAD = {
-    "built without CUDA": CudaFacts("2.9+cpu", False),
-    "built for ROCm 6.4": CudaFacts("2.9+rocm", False, rocm="6.4"),
-    "shows no GPU": CudaFacts("2.9", True, "the driver shows no GPU to this process"),
-    "is 6.1, torch and slotmoe need 7.0": replace(GOOD, name="GTX 1080", capability=(6, 1)),
-    "no kernels .it has sm_80, sm_90, compute_90": replace(GOOD, capability=(7, 5)),
-    "only plain torch": replace(GOOD, capability=(7, 5), architectures=("sm_75",)),
-}
-
-
-def test_a_gpu_is_taken_if_it_can_be_used_and_if_not_the_reason_is_said(monkeypatch):
-    """Where only plain torch serves it, if it is asked for or the CPU has no kernels either."""
-    lack = lambda capability: ("only plain torch", "") if capability < (8, 0) else ("", "")  # noqa: E731
-    monkeypatch.setattr(cuda, "lacking", lack)
-    monkeypatch.setattr(bindings, "load", lambda: True)
-    for reason, facts in BAD.items():
-        monkeypatch.setattr(cuda, "cuda_facts", lambda index, facts=facts: facts)
-        device, why = choose_device("auto", str)
-        assert device.tier == "ram" and re.search(reason, why)
-        for name in () if reason == "only plain torch" else ("cuda", "cuda:1"):
-            refused = f"^device {name}: .*{reason}.*or use --device cpu$"
-            with pytest.raises(ConfigError, match=refused):
-                choose_device(name, str)
-    assert choose_device("cuda", str) == ("0", "as asked")
-    monkeypatch.setattr(bindings, "load", lambda: None)
-    assert choose_device("auto", str) == ("0", "NVIDIA L4 is here")
-    monkeypatch.setattr(cuda, "cuda_facts", lambda index: replace(GOOD, name=f"NVIDIA L{index}"))
-    taken = {"auto": ("0", "NVIDIA L0 is here"), "cuda": ("0", "as asked")}
-    for name, found in (taken | {"cuda:1": ("1", "as asked")}).items():
-        assert choose_device(name, str) == found
-    assert choose_device("cpu", str)[0].tier == "ram"
-    newer = replace(GOOD, capability=(12, 0))  # runs what compute_90 is translated to
-    assert not any(cuda.why_not(newer)) and any(
-        cuda.why_not(replace(newer, architectures=("sm_90",)))
-    )
-    for name in ("gpu", "cuda:", "cuda:-1", "cuda:x"):
-        with pytest.raises(ConfigError, match="is unknown, expected auto, cpu, cuda or cuda:N"):
-            choose_device(name)
 
 
 def test_runtime_tells_its_device_and_measures_a_link(on_twin, sample_export, monkeypatch):

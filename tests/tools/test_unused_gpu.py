@@ -13,7 +13,9 @@ import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload import machine, runtime
-from slotmoe.offload.devices.cuda import gpu_report
+from slotmoe.offload.devices import cuda
+from slotmoe.offload.devices.cuda import choose_device, gpu_report
+from slotmoe.quant.kernels.cpu import bindings
 from tests.support.kernels import native
 
 pytestmark = [
@@ -26,10 +28,11 @@ WAYS = {  # torch's answers, the compiler's script, and what is said
     "driver": (OLD, (), None, "too old .*; pip install .*'torch<2.11', .* fits driver 550.54.14;"),
     "capability": ("", (7, 5), None, "capability is 7.5, slotmoe's kernels need 8.0; the CPU"),
     "older": ("", (6, 1), None, "capability is 6.1, torch and slotmoe need 7.0; the CPU"),
+    "newer": ("", (12, 0), None, "12.0, for which torch .* has no kernels .*sm_75, sm_80.; pip"),
     "compiler": ("", (8, 9), "", "Triton finds no C compiler .*; apt install gcc, or set CC"),
     "headers": ("", (8, 9), "true", r"Python's headers .*; apt install python3\.\d+-dev"),
     "failing gcc": ("", (8, 9), "echo an error >&2; exit 1", "fails .an error.; apt install"),
-    "no CUDA": (None, (), None, "was built without CUDA; pip install .*'torch<2.11'"),
+    "no CUDA": (None, (), None, "it was built without that; pip install .*'torch<2.11'"),
 }
 COMMANDS = {
     "run": ("run", "sample", "Call me"),
@@ -74,13 +77,12 @@ def there(seen, program, monkeypatch, tmp_path):
 
         answers = {
             "init": init,
-            "device_count": lambda: 1,
-            "get_arch_list": lambda: ["sm_75", "sm_80"],
+            "device_count": lambda: 2,
+            "get_device_name": "NVIDIA RTX {}".format,
         }
-        answers["get_device_name"] = lambda index: "NVIDIA RTX"
+        answers |= {"get_arch_list": lambda: ["sm_75", "sm_80"]}
         answers["get_device_capability"] = lambda index: capability
         if problem is not None:
-            monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
             monkeypatch.setattr(torch.version, "cuda", "13.2")
             for name, answer in answers.items():
                 monkeypatch.setattr(torch.cuda, name, answer)
@@ -117,7 +119,7 @@ def test_each_command_says_why(there, slotmoe, monkeypatch, way, command):
 def test_doctor_and_plan_ask_in_a_process_of_their_own(seen, program, slotmoe, monkeypatch):
     """Torch as it is here; one that crashes is a sentence, and so is memory that nobody tells."""
     seen()
-    assert "was built without CUDA" in slotmoe("doctor")[1]
+    assert "it was built without that" in slotmoe("doctor")[1]
     program("nvidia-smi", "echo 'NVIDIA GB10, [N/A], 580.95'")
     for script, told in (("kill -SEGV $$", "ends with -11"), ("echo a fault >&2; exit 1", "fault")):
         monkeypatch.setattr(sys, "executable", program("python", script))
@@ -139,3 +141,21 @@ def test_doctor_and_plan_ask_in_a_process_of_their_own(seen, program, slotmoe, m
 def test_plan_refuses_cards_that_no_kernel_serves(slotmoe, name):
     code, _, err = slotmoe("plan", "v2-lite", "--gpu", name)
     assert code == 2 and "kernels need 8.0: run takes the CPU beside it; plan that with" in err
+
+
+def test_which_gpu_is_taken(there, monkeypatch):
+    """One that only plain torch serves where it is asked for, or the CPU has no kernels either."""
+    there("compiler")
+    assert (
+        choose_device("cuda", str) == ("0", "as asked") and choose_device("cuda:1", str)[0] == "1"
+    )
+    assert choose_device("auto", str)[0].tier == choose_device("cpu", str)[0].tier == "ram"
+    monkeypatch.setattr(bindings, "load", lambda: None)
+    assert choose_device("auto", str) == ("0", "NVIDIA RTX 0 is here")
+    wrong = dict.fromkeys(("gpu", "cuda:", "cuda:-1"), "expected auto, cpu, cuda or cuda:N$")
+    for name, told in (
+        wrong | {"cuda:2": "only cuda:0 to cuda:1 .*; or use --device cpu$"}
+    ).items():
+        with pytest.raises(ConfigError, match=f"^device .*{told}"):
+            choose_device(name, str)
+    assert cuda._runs("compute_90", (12, 0)) and not cuda._runs("sm_90", (12, 0))
