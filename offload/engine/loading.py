@@ -361,7 +361,7 @@ class _Loader:
     def _ready(self, host: HostTier, experts: Experts) -> None:
         """Before any record is copied: say how long locking RAM takes, and load the kernels of a
         layer's experts, for which the GPU might wait until all copies have ended."""
-        if told := host.locking():
+        if told := host.pinned.announced():
             self._notify(told)
         D, K = self._config.hidden_size, self._config.num_experts_per_tok
 

@@ -63,7 +63,7 @@ class HostTier:
         self._device, self._lock = device, threading.Lock()
         self._copying: deque[tuple[Event, Slot]] = deque()  # in their order
         self.acquired: dict[Read, Slot] = {}
-        self._pinned = _Pinning(self.slab, device)
+        self.pinned = Pinning(self.slab, device)
         self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
         self._disk = disk = DiskReader(export, direct)
         self.promote, self.cancel = disk.promote, disk.cancel
@@ -118,10 +118,6 @@ class HostTier:
         for read in list(self.acquired):
             self.release(read)
 
-    def locking(self) -> str:
-        """What will be page-locked, and in how many seconds; empty if that is little."""
-        return self._pinned.announced()
-
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins."""
         with self._lock:
@@ -162,9 +158,9 @@ class HostTier:
         with self._lock:
             self._collect()
         counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
-        counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self._pinned.refused}
+        counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self.pinned.refused}
         counts |= {"hits": self.cache.hits, "misses": self.cache.misses}
-        counts |= {"pinned_bytes": self._pinned.bytes, "pinned_seconds": self._pinned.seconds}
+        counts |= {"pinned_bytes": self.pinned.bytes, "pinned_seconds": self.pinned.seconds}
         return {**self._disk.stats(), "host": counts}
 
     def close(self) -> None:
@@ -173,7 +169,7 @@ class HostTier:
         with suppress(RuntimeError):  # a GPU that has failed copies no more
             for copy, _ in self._copying:
                 copy.synchronize()
-        self._pinned.close()
+        self.pinned.close()
 
     def _claim(self, expert_id: int) -> Slot:
         """A slot for a use of an expert: its own, or a staged one, READING if to be written."""
@@ -214,7 +210,7 @@ class HostTier:
     def _arrived(self, slot: Slot, arrived: bool) -> None:
         """A record is in RAM, if it has ``arrived``."""
         if arrived:
-            self._pinned.written(slot.index)
+            self.pinned.written(slot.index)
             with self._lock:
                 if slot.state is READING:
                     self.store.move(slot, ARRIVED)
@@ -237,10 +233,10 @@ class HostTier:
         else:
             self.store.admit(slot)
             if len(self.cache) == self.cache.slots:
-                self._pinned.rest()
+                self.pinned.rest()
 
 
-class _Pinning:
+class Pinning:
     """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once, until
     the system refuses one: where its limit is reached, each that is refused could spoil others."""
 
@@ -258,7 +254,8 @@ class _Pinning:
         self.bytes, self.seconds, self._total = 0, 0.0, slab.nbytes
 
     def announced(self) -> str:
-        """See ``HostTier.locking``: a piece is locked and unlocked to see whether and how fast."""
+        """What will be locked, and in how many seconds, which one piece shows; empty if that is
+        little or refused."""
         piece, started = self._pieces[0], time.perf_counter()
         if self._total < SAID_BYTES or not self._device.pin(piece):
             return ""

@@ -127,6 +127,22 @@ def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, c
     assert [told in record.message for record in caplog.records] == [True]
 
 
+def test_three_quarters_of_free_ram_are_locked_and_a_line_says_so(on_twin, monkeypatch):
+    """Unless the system locks none, which the first piece shows."""
+    monkeypatch.setattr(host, "SAID_BYTES", 1)
+    monkeypatch.setattr(loading, "available_memory", lambda: 8 << 30)
+    monkeypatch.setattr(loading, "process_bytes", lambda: 1 << 30)
+    for pins, told in (
+        (1 << 30, [r"6\.\d MiB of RAM are page-locked for the twin .* in about 0"]),
+        (0, []),
+    ):
+        twin, said = Twin(), []
+        twin.gpu.pins = pins
+        with on_twin(twin, misses="fetch", notify=said.append) as runtime:
+            assert runtime.plan.host_budget == 7 << 30 and not twin.gpu.pinned()
+        assert len(said) == len(told) and all(map(re.match, told, said)), said
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_ram_is_unlocked_when_copies_from_it_have_ended(on_twin, monkeypatch, late):
     """Also if a thread of the disk queues one while the model is closed."""
