@@ -84,7 +84,8 @@ class Tail:
     def mark(self, length: int) -> None:
         """Remember what a sequence of ``length`` tokens needs."""
         if length not in self.marks:
-            self._mark(length).copy_(self.last(length))
+            last = self.last(length)
+            self._mark(length).copy_(last)
 
     def _mark(self, length: int) -> Tensor:
         """The mark at ``length``, made if there is none."""

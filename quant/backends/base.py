@@ -23,7 +23,7 @@ from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import Int8Weight, Weight, dequantize, map_tensors, rows
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertSlab, Matrix
+from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
 from slotmoe.quant.shapes import SWIGLU, Activation
 from slotmoe.system import Placement
@@ -54,7 +54,7 @@ class Records:
 
     def __init__(self, slab: Tensor, layout: RecordLayout, levels: Tensor):
         self.slab, self.layout, self.levels = slab, layout, levels
-        self.bound: ExpertSlab | None = None
+        self.bound: bindings.ExpertSlab | None = None
 
     def mlp(self, slot: int) -> border.Mlp[Prepared]:
         """The expert in row ``slot``, as views."""

@@ -19,6 +19,8 @@ from slotmoe.border import (
     Chunk,
     Compressed,
     Delta,
+    DeltaGeometry,
+    DeltaRows,
     Geometry,
     Grouped,
     GroupedRows,
@@ -29,22 +31,36 @@ from slotmoe.border import (
     Mla,
     Router,
 )
-from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
-from slotmoe.quant.kernels.cpu.bindings import NO_STORE, TOKENS, Kernels, Store, address, int64s
+from slotmoe.quant.kernels.cpu.bindings import (
+    NO_DELTA,
+    NO_STORE,
+    TOKENS,
+    ExpertSlab,
+    Kernels,
+    Store,
+    address,
+    int64s,
+)
 from slotmoe.quant.kernels.cpu.weights import (
     Absorbed,
     BoundLayers,
     BoundMlp,
-    ExpertSlab,
     GroupShape,
     Matrix,
     bind_router,
 )
-from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
-from slotmoe.state import CompressedCache, Group, GroupedCache, LatentCache, SequenceState
+from slotmoe.quant.shapes import CONVOLVED, SWIGLU, Activation, latent_bytes
+from slotmoe.state import (
+    CompressedCache,
+    DeltaCache,
+    Group,
+    GroupedCache,
+    LatentCache,
+    SequenceState,
+)
 from slotmoe.system import Placement
 from slotmoe.tails import Tail
 
@@ -69,7 +85,9 @@ class NativeDecoder:
         self._native, self._layers, self._bind = native, layers, bind
         self._count = len(layers.routers_from) - 1
         self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
+        self._inputs, self._states = Store(*layers.inputs), Store(*layers.states)
         kinds = {Mla: self._latent, Compressed: self._compressed, Grouped: self._grouped}
+        kinds |= {Delta: self._delta}
         self._tokens = kinds[layers.attention]
 
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> border.Pending | None:
@@ -162,11 +180,16 @@ class NativeDecoder:
             *(address(chunk.query_scale_T, torch.float32, T), *rows, *NO_STORE, None),
             address(chunk.ids_T, torch.int64, T),
             address(chunk.compressed_rope_TC, c64, T, C),
+            *NO_DELTA,
             *groups,
         )
 
     def _grouped(
-        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self,
+        chunk: Chunk,
+        states: Sequence[SequenceState],
+        positions: Sequence[int],
+        delta: tuple[object, ...] = NO_DELTA,
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
         caches, T, C = cast(Sequence[GroupedCache], states), len(positions), self._layers.sizes["C"]
@@ -177,7 +200,23 @@ class NativeDecoder:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
         rope = address(chunk.rope_TC, torch.complex64, T, C)
-        return TOKENS[0](int64s(positions), rope, None, *rows, *keys)
+        return TOKENS[0](int64s(positions), rope, None, *rows, *keys, None, None, None, *delta)
+
+    def _delta(
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+    ) -> ctypes.Structure:
+        """The same, with each token's inputs of delta rules and their states.  `ValueError`."""
+        caches = cast(Sequence[DeltaCache], states)
+        tails, own = [cache.inputs for cache in caches], [cache.states for cache in caches]
+        firsts = [tail.first for tail in tails]
+        for state, first in zip(own, firsts, strict=True):
+            if state.at - min(state.at, CONVOLVED - 1) < first:
+                raise ValueError(f"inputs begin at {first}, but the state is of {state.at} tokens")
+        reads = [state.read for state in own]
+        inputs = self._inputs.bound([tail.rows for tail in tails], positions, firsts)
+        folds = chain.from_iterable((state.at, state.read, state.folds) for state in own)
+        held = self._states.bound([state.rows for state in own], reads)
+        return self._grouped(chunk, states, positions, (*inputs, *held, int64s([*folds])))
 
     def _last(
         self, store: Store, windows: Sequence[Tail], positions: Sequence[int]
@@ -324,6 +363,22 @@ class NativeBackend(TorchBackend):
     def grouped(self, q_THZ: Tensor, cached: GroupedRows, scale: float) -> Tensor:
         return self._native.grouped(q_THZ.contiguous(), cached, scale)
 
+    def gated(self, x_TX: Tensor, gate_TX: Tensor) -> Tensor:
+        return self._native.gated(x_TX.contiguous(), gate_TX)
+
+    def delta(
+        self,
+        cached: DeltaRows,
+        z_TY: Tensor,
+        weights: Delta[Prepared],
+        sizes: DeltaGeometry,
+        eps: float,
+    ) -> Tensor:
+        w, z_TAV = weights, z_TY.unflatten(-1, (sizes.value_heads, sizes.V))
+        rows, past, before, after, folded = cached
+        values = rows, z_TAV, w.conv, w.a_log, w.dt_bias, w.value_norm, before, after
+        return self._native.delta(*values, past, folded, eps, G=sizes.key_heads).flatten(1)
+
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
@@ -341,13 +396,10 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
-        whole rows normed behind their rotation.  Raises ``ConfigError`` for a delta rule."""
+        whole rows normed behind their rotation."""
         mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
-            if isinstance(layer.attention, Delta):
-                problem = "the native kernels compute no delta rule"
-                raise ConfigError(f"{problem}; give --kernels torch")
             if isinstance(attention := layer.attention, Mla):
                 is_native = isinstance(attention.kv_b_proj, Absorbed)
             elif isinstance(attention, Grouped):
@@ -355,6 +407,8 @@ class NativeBackend(TorchBackend):
                 norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
                 alike = all(len(norm) == geometry.grouped.Z for norm in norms)
                 is_native = alike or not geometry.grouped.norm_last
+            elif isinstance(attention, Delta):
+                is_native = True
             else:
                 assert geometry.compressed is not None
                 rest = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE)

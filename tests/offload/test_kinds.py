@@ -17,6 +17,7 @@ IDS = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3))
 REPEATED = IDS[:50] * 4
 CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
 CASES |= {"glm4": {}, "gpt-oss": IN_BLOCKS, "dots-wide-window": {}}
+CASES |= {"next": {}, "qwen3.5-odd": {"tie_word_embeddings": False}}
 
 
 @pytest.fixture(scope="module", params=CASES)

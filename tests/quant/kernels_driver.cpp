@@ -11,6 +11,8 @@
 using slotmoe::Attention;
 using slotmoe::Compressed;
 using slotmoe::Compressor;
+using slotmoe::Delta;
+using slotmoe::Fold;
 using slotmoe::Grouped;
 using slotmoe::Hyper;
 using slotmoe::Indexer;
@@ -54,6 +56,10 @@ int slotmoe_hyper_head(const float*, const float*, const float*, const float*, i
                        int64_t, float, float, float*);
 int slotmoe_hyper_out(const float*, const float*, const float*, const float*, int64_t, int64_t,
                       int64_t, float*);
+int slotmoe_delta(const float*, const float*, const float*, const float*, const float*,
+                  const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                  int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
+int slotmoe_gated(const float*, const float*, int64_t, int64_t, float*);
 int slotmoe_compress(const float*, const float*, const float*, const float*, int64_t, int64_t,
                      int64_t, float, float*);
 int slotmoe_absorb_query(const Absorbed*, const float*, int64_t, float*);
@@ -321,7 +327,7 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
         indexed{&starts[3], nullptr, 0, latent_bytes(width, 0)},
         opened_keys{&starts[4], &firsts[1], 0, 8 * parts * width};
     const Tokens tokens{&position, table, nullptr, {&starts[0], firsts, 0, latent_bytes(z, 0)}, {},
-                        nullptr, &id, table,
+                        nullptr, &id, table, {}, {}, nullptr,
                         {{others, opened, table}, {indexed, opened_keys, table}, {}}};
     Floats h(m * hidden), post(m), comb(m * m), y(m * hidden), x(2 * hidden), weights(top_k);
     Array<int64_t> indices(top_k);
@@ -347,7 +353,7 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
                       query.matrix, key.matrix, key.matrix, out.matrix, {}, nullptr},
         last{heads, 2, z, p, !whole, whole, window, 0, z, z, 1e-6f, 0.1f, norm, norm,
              head_norm, head_norm, sinks, bias, few, few, norm,
-             query.matrix, key.matrix, key.matrix, out.matrix, gate.matrix, logit_bias};
+             query.matrix, key.matrix, key.matrix, out.matrix, gate.matrix, logit_bias, query.matrix};
     Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
     const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {0.5f, 1.0f, 0.0f}};
     const Layer layers[] = {{nullptr, nullptr, nullptr, nullptr, &mlp, nullptr, &all, nullptr},
@@ -376,6 +382,50 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
     check(slotmoe_decode(&model, 0, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
                          nullptr, nullptr, y, x, weights, indices, &reached, seconds));
     if (reached != 2) check(int(10 + reached));
+}
+
+// A layer with a delta rule for two tokens of one sequence, the first with another to replay, and one
+// of another sequence, whose rows of inputs have no slack; then the rule over a prompt.
+static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v, int64_t position) {
+    const int64_t hidden = 40, heads = keys * each, columns = 2 * keys * k + heads * v, i = 33,
+                  wide = columns + 2 * heads, state = heads * k * v, t = 3, folded = position - 1;
+    Weights qkv(kind, columns, hidden), z(kind, heads * v, hidden), b(kF32, heads, hidden),
+        out(kind, hidden, heads * v), gate(kF32, 4, hidden), in(kInt8, i, hidden),
+        down(kInt8, hidden, i);
+    Floats norm(hidden), taps(4 * columns), decay(heads), bias(heads), own_norm(v), levels(16),
+        table(0);
+    const Delta rule{{keys, heads, k, v, 1e-6f, 0, taps, decay, bias, own_norm}, 0, norm, norm,
+                     qkv.matrix, z.matrix, b.matrix, b.matrix, out.matrix, gate.matrix, nullptr};
+    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {}};
+    const Layer layer{nullptr, nullptr, nullptr, nullptr, &mlp, nullptr, nullptr, nullptr, &rule};
+    const Model model{1, hidden, 4, 1, 0, &layer, {1, 1, 2, 1, kSoftmax, 1, 1.5}};
+    const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {0.0f, 1.0f, 0.0f}};
+    Array<uint8_t> slab((slotmoe_record_bytes(&record) + 63) / 64 * 64);
+    fill_record(slab, record);
+    const int64_t past = folded < 3 ? folded : 3;
+    Floats rows((past + 3) * wide), other(wide), states(2 * state), others(2 * state);
+    uint8_t *inputs[] = {reinterpret_cast<uint8_t*>(rows.p), reinterpret_cast<uint8_t*>(rows.p),
+                         reinterpret_cast<uint8_t*>(other.p)},
+            *kept[] = {reinterpret_cast<uint8_t*>(states.p), reinterpret_cast<uint8_t*>(states.p),
+                       reinterpret_cast<uint8_t*>(others.p)};
+    const int64_t firsts[] = {folded - past, folded - past, 0}, at[] = {position, position + 1, 0};
+    const Fold folds[] = {{folded, 1, position + 2}, {folded, 1, position + 2}, {0, 0, 1}};
+    const Tokens tokens{at, table, nullptr, {}, {}, nullptr, nullptr, nullptr,
+                        {inputs, firsts, 0, 4 * wide}, {kept, nullptr, 0, 4 * state}, folds, {}};
+    Floats h(t * hidden), y(t * hidden), x(2 * t * hidden), weights(t * 2);
+    Array<int64_t> indices(t * 2);
+    Array<int32_t> slots(4);
+    double seconds[4] = {};
+    for (int64_t e = 0; e < 4; e++) slots[e] = 0;
+    int64_t reached = -1;
+    check(slotmoe_decode(&model, 0, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
+                         nullptr, nullptr, y, x, weights, indices, &reached, seconds));
+    if (reached != 1) check(int(10 + reached));
+    const int64_t count = 67 + past, asked = count - past - 1;
+    Floats prompt(count * wide), gates(asked * heads * v), result(asked * heads * v);
+    check(slotmoe_delta(prompt, gates, taps, decay, bias, own_norm, states, others, count, wide,
+                        columns, asked, keys, heads, k, v, past, count - past - 1, 1e-6f, result));
+    check(slotmoe_gated(result, gates, asked, heads * v, result));
 }
 
 // kv_b by head, its tiles end where the last head's do.
@@ -589,6 +639,8 @@ static void few() {
     lists(17, 200, 150, 70, 10);
     groups(kInt8, 6, 22, 6, 70);
     groups(kBf16, 2, 64, 64, 3);
+    delta(kInt8, 2, 2, 24, 40, 9);
+    delta(kBf16, 1, 3, 7, 32, 1);
     streams(2, 4, 70, 8);
     rotations(40, 33);
     for (int64_t position : {0, 3, 31, 42}) {
@@ -647,6 +699,7 @@ static void all() {
             compressed(kind, 4, true, position);
             compressed(kind, position % 2 ? 8 : 0, false, position);
             groups(kind, 6, 22, position % 3 * 4, position);
+            delta(kind, position % 3 + 1, position % 2 + 1, 20, position % 50 + 1, position + 1);
         }
     for (int64_t t : {0, 1, 3}) rotations(t, 65);
     attention(2, 2500, 70, 10, 5);
@@ -690,6 +743,7 @@ int main(int argc, char** argv) {
             streams(3, 4, 300, 8);
             compressed(kInt8, 4, true, 31);
             groups(kInt8, 6, 22, 6, 70);
+            delta(kInt8, 2, 2, 24, 40, 9);
         } else {
             for (int threads = 1; threads <= 3; threads++) {
                 slotmoe_set_threads(threads);

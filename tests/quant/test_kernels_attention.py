@@ -194,3 +194,116 @@ def test_lists_and_keys_of_another_shape_or_type_are_refused(kernels):
         for value in values:
             with pytest.raises((ValueError, AssertionError)):
                 run(name, value)
+
+
+def delta_columns(states):
+    """States [A, K, V] with each head's columns in their blocks, as the kernels keep them."""
+    A, K, V = states.shape
+    parts = [states[..., at : at + 32].reshape(A, -1) for at in range(0, V, 32)]
+    return torch.cat(parts, dim=1).view(A, K, V)
+
+
+def by_rule(inputs, z, weights, state, G, past, eps):
+    """The gated delta rule in float64, and the state behind each row."""
+    convolution, decay, bias, norm = (part.double().numpy() for part in weights)
+    A, K, V = state.shape
+    keys, columns, outs, states = G * K, convolution.shape[1], [], []
+    z = np.pad(z, ((len(inputs) - past - len(z), 0), (0, 0), (0, 0)))
+    for at in range(past, len(inputs)):
+        seen = inputs[max(0, at - 3) : at + 1, :columns]
+        x = (seen * convolution[4 - len(seen) :]).sum(0)
+        x = x / (1 + np.exp(-x))
+        q, k, v = x[:keys].reshape(G, K), x[keys : 2 * keys].reshape(G, K), x[2 * keys :]
+        q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+        q, k = (np.repeat(y, A // G, 0)[:, :, None] for y in (q / math.sqrt(K), k))
+        b, a = inputs[at, columns:].reshape(2, A, 1, 1)
+        state = state * np.exp(
+            -np.exp(decay)[:, None, None] * np.logaddexp(0, a + bias[:, None, None])
+        )
+        change = (v.reshape(A, 1, V) - (k * state).sum(1, keepdims=True)) / (1 + np.exp(-b))
+        state = state + k * change
+        o, gate = (q * state).sum(1), z[at - past]
+        o = o / np.sqrt((o * o).mean(-1, keepdims=True) + eps) * norm * gate / (1 + np.exp(-gate))
+        outs.append(o), states.append(state)
+    return np.array(outs), states
+
+
+def delta_case(rng, G, each, K, V, rows, tokens):
+    A, columns = G * each, 2 * G * K + G * each * V
+    sizes = (4, columns), A, A, V
+    weights = [torch_of(rng.standard_normal(size)) for size in sizes]
+    weights[1] = weights[1] * 2 - 2  # some heads forget at once, some hardly ever
+    inputs, z = rng.standard_normal((rows, columns + 2 * A)), rng.standard_normal((tokens, A, V))
+    return inputs, z, weights, rng.standard_normal((A, K, V))
+
+
+@quick
+@given(
+    one_of(1, 2, 3, 30, 70, 140), one_of(1, 2), one_of(1, 2), one_of(1, 24, 128),
+    one_of(1, 16, 32, 40, 128), st.integers(0, 3), st.integers(0, 5), st.booleans(), seeds,
+)  # fmt: skip
+def test_delta(kernels, tokens, G, each, K, V, past, silent, last, seed):
+    """Rows before the first one, some whose results nobody asks for, and some that stay out of the
+    state."""
+    rng = np.random.default_rng(seed)
+    rows = past + silent + tokens
+    inputs, z, weights, state = delta_case(rng, G, each, K, V, rows, tokens)
+    inputs, z, state = (np.float32(x).astype(np.float64) for x in (inputs, z, state))
+    folded, before = rows - past - last, delta_columns(torch_of(state))
+    after = torch.zeros(state.shape)
+    given = torch_of(inputs), torch_of(z), *weights, before, after, past, folded, 1e-6
+    got = kernels.delta(*given, G=G).numpy()
+    outs, states = by_rule(inputs, z, weights, state, G, past, 1e-6)
+    want = outs[silent:]
+    assert np.abs(got - want).max() <= 2e-5 * max(1, np.abs(want).max())
+    kept = delta_columns(torch_of([np.zeros_like(state), *states][folded]))
+    assert (after - kept).abs().max() <= 1e-5 * max(1, kept.abs().max())
+    assert torch.equal(before, delta_columns(torch_of(state)))
+
+
+def test_delta_is_the_same_by_any_threads_and_cut_anywhere(kernels):
+    """One token after the other, and pieces that replay rows, or fold all but the last."""
+    G, K, V, rows = 2, 40, 72, 150
+    inputs, z, weights, state = delta_case(np.random.default_rng(8), G, 2, K, V, rows, rows)
+    inputs, z, start = torch_of(inputs), torch_of(z), torch_of(state)
+
+    def run(first, stop, silent, states, after, folded=0):
+        past = min(3, first)
+        own = inputs[first - past : stop], z[first + silent : stop]
+        return kernels.delta(*own, *weights, states, after, past, folded or stop - first, 1e-6, G=G)
+
+    want_state = start.clone()
+    want = run(0, rows, 0, want_state, want_state)  # in its own place
+    assert not torch.equal(want_state, start)
+    for threads in (1, 2, 5):
+        kernels.set_threads(threads)
+        for sizes in ([1] * rows, [2, 64, 1, 1, 65, 17], [rows - 1, 1]):
+            own, outs, at = start.clone(), [], 0
+            for size in sizes:
+                outs.append(run(at, at + size, 0, own, own))
+                at += size
+            assert torch.equal(torch.cat(outs), want) and torch.equal(own, want_state)
+    less, more = start.clone(), start.clone()
+    assert torch.equal(run(0, rows, 0, start, less, rows - 6), want)
+    for silent, size in ((1, 4), (4, 6), (0, 6)):  # tokens that were drafted, and some kept
+        again = run(rows - 6, rows - 6 + size, silent, less, more)
+        assert torch.equal(again, want[rows - 6 + silent : rows - 6 + size])
+    assert torch.equal(more, want_state)
+    x, gate = torch.randn(2, 3, 70).unbind()
+    assert torch.equal(kernels.gated(x, gate)[2:], kernels.gated(x[2:], gate[2:]))
+    assert (kernels.gated(x, gate) - x * gate.sigmoid()).abs().max() < 1e-6
+
+
+def test_a_delta_rule_of_other_sizes_is_refused(kernels):
+    inputs, z, weights, state = delta_case(np.random.default_rng(1), 1, 2, 8, 16, 4, 2)
+    good = [torch_of(inputs), torch_of(z), *weights, torch_of(state), torch_of(state), 1, 3, 1e-6]
+    kernels.delta(*good, G=1)
+    wrong = {0: good[0][:, 1:], 2: good[2][:, 1:], 6: good[6][1:], 8: 3, 9: 4}
+    for index, value in [*wrong.items(), (8, 4), (8, -1), (9, -1), (1, good[1][:, :1])]:
+        values = [*good]
+        values[index] = value.contiguous() if isinstance(value, torch.Tensor) else value
+        with pytest.raises(ValueError, match=r"expected|refused"):
+            kernels.delta(*values, G=1)
+    for heads in (0, 2, 3):
+        with pytest.raises(ValueError, match="refused"):
+            kernels.delta(*good, G=heads)

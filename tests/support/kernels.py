@@ -15,7 +15,7 @@ from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.kernels.cpu.weights import ExpertSlab, Matrix
+from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 from tests.support.codes import random_codes
 
@@ -107,7 +107,7 @@ def latent_cache(kernels, rows, r, extra=0):
 def expert_slab(slab, h, i, codecs=NF4S, levels=None, activation=SWIGLU, biases=False):
     """Records as the native calls take them."""
     table = torch.stack([levels_of(codec) for codec in codecs]) if levels is None else levels
-    return ExpertSlab(slab, h, i, codecs, table, activation, biases)
+    return qk.ExpertSlab(slab, h, i, codecs, table, activation, biases)
 
 
 def through_experts(kernels, x, chosen, slots, coded, y):

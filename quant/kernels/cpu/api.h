@@ -21,7 +21,7 @@ enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMla
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
             kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kIndexScores, kOrder, kHyper,
             kIndexQuery, kIndexKey, kIndexWeights, kIndexCounts, kChosen, kLists, kBlockOut,
-            kGiven, kSlotCount };
+            kGiven, kDelta, kDeltaSpans, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -122,6 +122,12 @@ struct Group {
 };
 constexpr int64_t kGroups = 3;
 
+// Of a token's sequence: which of two states is that behind the first `at` tokens. The other becomes that behind the
+// first `end`, at most all.
+struct Fold {
+    int64_t at, read, end;
+};
+
 // Where t tokens stand, and what their sequences keep.
 struct Tokens {
     const int64_t* positions;
@@ -131,6 +137,8 @@ struct Tokens {
     int32_t* lists;                    // [t, topk]: what the last indexer has chosen
     const int64_t* ids;                // [t], for gates that choose by them
     const float* compressed_table;     // in place of `table` in layers with a compressor
+    Store inputs, states;              // of a delta rule, float32: rows of inputs, and two states a layer
+    const Fold* folds;                 // [t]
     Group groups[kGroups];
 };
 
@@ -212,8 +220,41 @@ struct Grouped {
     const float *sinks, *query_bias, *key_bias, *value_bias, *out_bias;  // null without them
     Matrix query, key, value, out, gate;
     const float* gate_bias;
+    Matrix query_gate;  // [heads z]: by its sigmoid the heads' values are multiplied; n is 0 without one
 
     const Store& rows(const Tokens& tokens) const { return window ? tokens.keys : tokens.rows; }
+    bool valid(const Tokens& tokens) const;
+};
+
+constexpr int64_t kTaps = 4;  // tokens that a convolution is over
+
+// A gated delta rule, see delta.h: each head of keys and queries, of k columns, belongs to some heads of values, of v.
+// A row of inputs has what is convolved, q, k and v, of all heads each, then b and a of the heads of values.
+struct DeltaRule {
+    int64_t key_heads, heads, k, v;
+    float eps, unused;
+    const float *convolution, *decay, *bias, *norm;  // [kTaps, columns], [heads], [heads], [v]
+
+    int64_t columns() const { return 2 * key_heads * k + heads * v; }
+    int64_t inputs() const { return columns() + 2 * heads; }
+    bool valid() const { return key_heads >= 1 && heads >= key_heads && heads % key_heads == 0 && k >= 1 && v >= 1; }
+};
+
+// Rows of inputs of one sequence, of which the first `past` are for the convolution alone. The state [heads, k, v],
+// each head's in blocks of kDeltaColumns columns, before the others -> that behind the first `folded` of them.
+struct DeltaSpan {
+    int64_t rows, past, folded, outs;  // of the last `outs` the result is asked for
+    const float *inputs, *before;
+    float* after;                      // may be `before`
+};
+
+// A layer of such a rule up to its router. What it projects to, row by row, is in Tokens::inputs.
+struct Delta : DeltaRule {
+    int64_t layer;  // of Tokens::inputs and Tokens::states
+    const float *input_norm, *next_norm;
+    Matrix qkv, z, b, a, out, gate;
+    const float* gate_bias;
+
     bool valid(const Tokens& tokens) const;
 };
 
@@ -242,13 +283,21 @@ struct Layer {
     const int32_t* experts_of;  // [vocabulary, top_k]: those of a token, where the gate does not choose; else null
     const Grouped* grouped;     // or null
     const float* logit_bias;    // [gate.n], of the router's logits, or null
+    const Delta* delta;         // or null
 
-    const Matrix& gate() const { return attention ? attention->gate : grouped ? grouped->gate : compressed->gate; }
+    // What of(weights) says of those that it has.
+    template <class Of>
+    auto any(Of of) const {
+        return attention ? of(*attention) : grouped ? of(*grouped) : delta ? of(*delta) : of(*compressed);
+    }
+    const Matrix& gate() const {
+        return *any([](const auto& weights) { return &weights.gate; });
+    }
     const float* gate_bias() const {
-        return attention ? attention->gate_bias : grouped ? grouped->gate_bias : compressed->gate_bias;
+        return any([](const auto& weights) { return weights.gate_bias; });
     }
     bool valid(const Tokens& tokens) const {
-        return attention ? attention->valid(tokens) : grouped ? grouped->valid(tokens) : compressed->valid(tokens);
+        return any([&](const auto& weights) { return weights.valid(tokens); });
     }
 };
 
@@ -263,6 +312,11 @@ void attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int6
                const Tokens& tokens, float* y, float* x, float* logits);
 void grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t t, const float* h, const Tokens& tokens,
                    float* y, float* x, float* logits);
+void delta_layer(Job& job, const Isa& isa, const Delta& a, int64_t t, const float* h, const Tokens& tokens, float* y,
+                 float* x, float* logits);
+// z, y [outs of all spans, heads, v].
+void delta_rule(Job& job, const Isa& isa, const DeltaRule& rule, const DeltaSpan* spans, int64_t count, const float* z,
+                float* y);
 // Streams h [t, m, hidden] -> y, those behind the layer's attention, x [t, hidden], what the feed-forward starts with,
 // its logits, and how its result is mixed in: post [t, m] and comb [t, m, m].
 void compressed_layer(Job& job, const Isa& isa, const Layer& layer, int64_t index, int64_t t, const float* h,

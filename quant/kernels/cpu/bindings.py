@@ -30,11 +30,17 @@ from torch.nn.functional import pad
 
 from slotmoe.border import GroupedRows, ListedRows
 from slotmoe.errors import ConfigError
-from slotmoe.quant.codecs.codec import NF4, TILE
+from slotmoe.quant.codecs.codec import NF4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import Int8Weight
-from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, NativeFunction, tensor_spec
-from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix, Structure
-from slotmoe.quant.shapes import latent_bytes
+from slotmoe.quant.kernels.cpu.signatures import (
+    INT8,
+    SIGNATURES,
+    Bound,
+    NativeFunction,
+    tensor_spec,
+)
+from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
+from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.system import cores
 
 ABI = 18
@@ -216,9 +222,41 @@ def load() -> Kernels | None:
     return kernels
 
 
+_RECORD = Structure(
+    "hidden intermediate gate_up down biases gate_up_levels:pointer down_levels:pointer"
+    + ACTIVATION
+)
+
+
+class ExpertSlab(Bound):
+    """Records of experts, uint8 [S, B], each at a multiple of 64 in it, and how these are coded:
+    [I, H] by I and H = `hidden`, with levels float32 [2, 16], those of gate and up, and of down;
+    with `biases` behind the scales.  Raises `ValueError`."""
+
+    def __init__(
+        self,
+        slab: Tensor,
+        hidden: int,
+        intermediate: int,
+        codecs: ExpertCodecs,
+        levels: Tensor,
+        activation: Activation = SWIGLU,
+        biases: bool = False,
+    ):
+        tensor_spec("levels:f32[2,16]").check(levels, {})
+        kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
+        native = _RECORD.type(hidden, intermediate, *kinds, biases, *starts, *activation)
+        super().__init__(native, {"H": hidden}, levels, slab)
+        self.slab = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
+        (rows, size), needed = slab.shape, record_bytes(hidden, intermediate, codecs, biases)
+        if (rows and size < needed) or size % 64 or slab.data_ptr() % 64:
+            least = f"at least {needed}, at multiples of 64"
+            raise ValueError(f"a record of {size} bytes, expected {least}")
+
+
 class Store:
-    """Rows of tokens' sequences, as native calls find them: uint8 [layers, capacity, width], alike
-    in all.  They are checked when other tensors come than the last time."""
+    """Rows of tokens' sequences, as native calls find them: [layers, capacity, ...], each of
+    `width` bytes, alike in all.  They are checked when other tensors come than the last time."""
 
     def __init__(self, layers: int, width: int) -> None:
         self._layers, self._width = layers, width
@@ -245,9 +283,10 @@ class Store:
 _STORE = " start:pointers first:int64s layer_bytes row_bytes"
 _GROUP = _STORE + _STORE + " table:pointer"
 _TOKENS = "positions:int64s table:pointer query_scale:pointer" + _STORE + _STORE
-_TOKENS += " lists:pointer ids:pointer compressed_table:pointer"
+_TOKENS += " lists:pointer ids:pointer compressed_table:pointer" + _STORE + _STORE + " folds:int64s"
 TOKENS = [Structure(_TOKENS + count * _GROUP).type for count in range(4)]  # by groups
 NO_STORE: tuple[object, ...] = (None, None, 0, 0)
+NO_DELTA = *NO_STORE, *NO_STORE, None
 
 
 def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
@@ -256,15 +295,19 @@ def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
 
 
 def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
-    """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
-    next and from one row to the next, and the capacity."""
-    shape, strides = caches[0].shape, caches[0].stride()
+    """Of caches that are alike, [layers, capacity, ...], rows of `width` bytes: the bytes from one
+    layer to the next and from one row to the next, and the capacity."""
+    first = caches[0]
+    alike = first.shape, first.stride(), first.dtype, True
     for rows in caches:
-        assert rows.dtype == torch.uint8 and rows.is_cpu
-        assert (rows.shape, rows.stride()) == (shape, strides)
-    apart = strides[1] if shape[1] > 1 else width
-    assert (shape[0], shape[2], strides[2]) == (layers, width, 1) and apart >= width
-    return strides[0], apart, shape[1]
+        assert (rows.shape, rows.stride(), rows.dtype, rows.is_cpu) == alike
+    row, size = first.itemsize, first.itemsize
+    for count, stride in zip(first.shape[:1:-1], first.stride()[:1:-1], strict=True):
+        assert stride * size == row
+        row *= count
+    apart = first.stride(1) * size if first.shape[1] > 1 else width
+    assert (len(first), row) == (layers, width) and apart >= width
+    return first.stride(0) * size, apart, first.shape[1]
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:

@@ -158,6 +158,8 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 attention(job, isa, *layer.attention, l, t, stream, *tokens, attended, x, logits);
             else if (layer.grouped)
                 grouped_layer(job, isa, *layer.grouped, t, stream, *tokens, attended, x, logits);
+            else if (layer.delta)
+                delta_layer(job, isa, *layer.delta, t, stream, *tokens, attended, x, logits);
             else
                 compressed_layer(job, isa, layer, l, t, stream, *tokens, attended, x, post, comb, logits);
             for (int64_t i = 0; moe && layer.logit_bias && i < t * e; i++) logits[i] += layer.logit_bias[i % e];

@@ -36,6 +36,7 @@ bool Grouped::valid(const Tokens& tokens) const {
     if (rows(tokens).row_bytes < latent_bytes(z, z) || !fits(query_normed, heads) || !fits(key_normed, groups))
         return false;
     if (!query.valid() || !key.valid() || !value.valid() || !out.valid() || (gate.n && !gate.valid())) return false;
+    if (query_gate.n && (!query_gate.valid() || query_gate.n != query.n)) return false;
     return query.n == heads * z && key.n == groups * z && value.n == groups * z && out.k == heads * z;
 }
 
@@ -50,6 +51,8 @@ void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t 
     multiply(job, {{job, isa, a.query, x, t, q, a.query_bias},
                    {job, isa, a.key, x, t, keys, a.key_bias, kAct, kActFactor},
                    {job, isa, a.value, x, t, values, a.value_bias, kGate, kUp}});
+    float* gates = a.query_gate.n ? job.scratch<float>(kValues, t * a.heads * z) : nullptr;
+    if (gates) multiply(job, isa, a.query_gate, x, t, gates);
     if (a.query_normed > z) norm_rows(job, isa, q, a.query_norm, t, a.query_normed, a.eps, q);
     if (a.key_normed > z) norm_rows(job, isa, keys, a.key_norm, t, a.key_normed, a.eps, keys);
 
@@ -78,6 +81,9 @@ void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t 
         isa.mla_queries(mlas[i], 0, each);
     });
     attend_by_spans(job, isa, mlas, count);
-    job.each(count * each, [&](int, int64_t i) { isa.mla_merge(mlas[i / each], i % each, i % each + 1); });
+    job.each(count * each, [&](int, int64_t i) {
+        isa.mla_merge(mlas[i / each], i % each, i % each + 1);
+        if (gates) isa.gated(attended + i * z, gates + i * z, z, attended + i * z);
+    });
     leave(job, isa, a, a.out_bias, attended, t, h, y, x, logits);
 }

@@ -118,6 +118,19 @@ struct Hyper {
     int64_t rows(bool head) const { return head ? m : (2 + m) * m; }
 };
 
+constexpr int kDeltaColumns = 32;
+
+// A block of columns of a head's state [keys, columns], and what t tokens, `stride` floats apart, bring; see delta.h.
+struct DeltaBlock {
+    int64_t keys, columns, t, stride;
+    const float *q, *k, *v;
+    const float* gates;   // decay, beta, q k
+    const float* before;  // the state
+    float* after;         // may be `before`
+    float* out;           // [t, columns], `out_stride` floats apart
+    int64_t out_stride;
+};
+
 constexpr int64_t latent_bytes(int64_t r, int64_t p) {  // of a cache row
     return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 16;
 }
@@ -180,6 +193,11 @@ struct Isa {
                       int64_t begin, int64_t end, float* out);
     // One window.
     void (*compress)(const float* kv, const float* gate, const float* bias, int64_t rows, int64_t z, float* y);
+
+    void (*convolve)(const float* x, int64_t stride, const float* weights, int64_t apart, int64_t taps, int64_t n,
+                     float* y);
+    void (*delta_block)(const DeltaBlock& d);
+    void (*gated)(const float* x, const float* gate, int64_t n, float* y);  // x times the gate's sigmoid
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
     void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end

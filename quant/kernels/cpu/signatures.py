@@ -72,6 +72,11 @@ SIGNATURES = {
     # a norm of each window's rows, weighted by the softmax over them of gate + bias
     "compress": "kv:f32[T,J,Z] gate:f32[T,J,Z] bias:f32[J,Z] norm:f32[Z] T J Z eps:float"
     " >y:f32[T,Z]",
+    # a gated delta rule, see delta.cpp; G heads of keys, the state's columns in blocks of 32
+    "delta": "inputs:f32[S,X] z:f32[T,A,V] convolution:f32[4,C] decay:f32[A] bias:f32[A]"
+    " norm:f32[V] before:f32[A,K,V] after:f32[A,K,V] S X C T G A K V past:size folded:size"
+    " eps:float >y:f32[T,A,V]",
+    "gated": "x:f32[T,K] gate:f32[T,K] T K >y:f32[T,K]",
     # each head's query times its first N rows of kv_b; its latent through the other V rows
     "absorb_query": "kv_b:bound q:f32[T,A,N] T >y:f32[T,A,R]",
     "absorb_value": "kv_b:bound latent:f32[T,A,R] T >y:f32[T,A,V]",
@@ -153,7 +158,8 @@ class TensorSpec:
         for (letter, by, more), actual in zip(self._sizes, shape, strict=True):
             size = sizes.setdefault(letter, actual) if letter else 0
             if (size != actual or by > 1 or more) and actual != -(-size // by) + more:
-                wanted = tuple(self.shape(sizes))
+                own = dict(zip((letter for letter, *_ in self._sizes), shape, strict=True))
+                wanted = tuple(self.shape(own | sizes))
                 raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {wanted}")
 
 

@@ -21,6 +21,8 @@
 
 #include "streams.h"
 
+#include "delta.h"
+
 #include "quantize.h"
 
 #include "encode.h"
@@ -29,7 +31,8 @@ namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
     SLOTMOE_ISA_NAME, SLOTMOE_PRODUCTS,               linear_dense,  rms_norm,     layer_norm,
-    activate,         weighted_sum,  hyper_coefficients, hyper_out,   compress,      mla_queries,  mla_pack,
+    activate,         weighted_sum,  hyper_coefficients, hyper_out,   compress,      convolve,     delta_block,
+    gated,            mla_queries,   mla_pack,
     mla_chunks,       mla_merge,     mla_scratch, index_scores,       store_latent,
     quantize_nf4,     quantize_int8, coded_error, int8_error,         read_memory,
     {fit_rows<8>, code_rows<8>, fit_columns<8>, feed_back<8>, descend<8>},

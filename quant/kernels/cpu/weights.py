@@ -13,12 +13,22 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from slotmoe.border import Compressed, Compressor, Geometry, Grouped, Layer, Mixing, Mla, Router
-from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
+from slotmoe.border import (
+    Compressed,
+    Compressor,
+    Delta,
+    Geometry,
+    Grouped,
+    Layer,
+    Mixing,
+    Mla,
+    Router,
+)
+from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES
 from slotmoe.quant.codecs.weight import CodedWeight, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
-from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
+from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
 _INT8, _DENSE, _FINE = 0, 6, 9
@@ -130,13 +140,9 @@ _ABSORBED = Structure(
     "heads n r v query:i8[A,R/16,N/64,1024] value:i8[A,V/16,R/64,1024] query_scale:f32[A,N]"
     " value_scale:f32[A,V] ones:f32[R]"
 )
-_ACTIVATION = " limit:float alpha:float offset:float"
+ACTIVATION = " limit:float alpha:float offset:float"
 _MLP = Structure(
-    f"gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] {_ACTIVATION} output_gate?:f32[1,H]"
-)
-_RECORD = Structure(
-    "hidden intermediate gate_up down biases gate_up_levels:pointer down_levels:pointer"
-    + _ACTIVATION
+    f"gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] {ACTIVATION} output_gate?:f32[1,H]"
 )
 ROUTER = "groups kept top_k group_best scoring normalized factor:double"
 _ROUTER = Structure(ROUTER)
@@ -186,32 +192,6 @@ class BoundMlp(Bound):
         super().__init__(bound.native, {"H": bound.sizes["H"]}, bound)
 
 
-class ExpertSlab(Bound):
-    """Records of experts, uint8 [S, B], each at a multiple of 64 in it, and how these are coded:
-    [I, H] by I and H = `hidden`, with levels float32 [2, 16], those of gate and up, and of down;
-    with `biases` behind the scales.  Raises `ValueError`."""
-
-    def __init__(
-        self,
-        slab: Tensor,
-        hidden: int,
-        intermediate: int,
-        codecs: ExpertCodecs,
-        levels: Tensor,
-        activation: Activation = SWIGLU,
-        biases: bool = False,
-    ):
-        tensor_spec("levels:f32[2,16]").check(levels, {})
-        kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
-        native = _RECORD.type(hidden, intermediate, *kinds, biases, *starts, *activation)
-        super().__init__(native, {"H": hidden}, levels, slab)
-        self.slab = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
-        (rows, size), needed = slab.shape, record_bytes(hidden, intermediate, codecs, biases)
-        if (rows and size < needed) or size % 64 or slab.data_ptr() % 64:
-            least = f"at least {needed}, at multiples of 64"
-            raise ValueError(f"a record of {size} bytes, expected {least}")
-
-
 _INDEXER = Structure(
     "heads width topk halves scale:float unused:float"
     " query:matrix[X,Q] weights:matrix[A,H] key?:matrix[W,H] key_norm?:f32[W] key_bias?:f32[W]"
@@ -236,12 +216,17 @@ _GROUPED = Structure(
     " input_norm:f32[H] next_norm:f32[H] query_norm?:f32[Q] key_norm?:f32[W] sinks?:f32[A]"
     " query_bias?:f32[X] key_bias?:f32[L] value_bias?:f32[L] out_bias?:f32[H]"
     " query:matrix[X,H] key:matrix[L,H] value:matrix[L,H] out:matrix[H,X] gate?:matrix[E,H]"
-    " gate_bias?:f32[E]"
+    " gate_bias?:f32[E] query_gate?:matrix[X,H]"
+)
+_DELTA = Structure(
+    "key_heads heads k v eps:float unused:float convolution:f32[4,dC] decay:f32[dA] bias:f32[dA]"
+    " norm:f32[dV] layer input_norm:f32[H] next_norm:f32[H] qkv:matrix[dC,H] z:matrix[dY,H]"
+    " b:matrix[dA,H] a:matrix[dA,H] out:matrix[H,dY] gate?:matrix[E,H] gate_bias?:f32[E]"
 )
 _HYPER = Structure("fn:f32[L,J] base:f32[L] scale:f32[3] m iterations eps:float hc_eps:float")
 _LAYER = Structure(
     "attention:bound compressed:bound attention_mixing:bound mlp_mixing:bound mlp:bound"
-    " experts_of?:i32[V,K] grouped:bound logit_bias?:f32[E]"
+    " experts_of?:i32[V,K] grouped:bound logit_bias?:f32[E] delta:bound"
 )
 _MODEL = Structure(f"layers hidden experts streams vocabulary layer:pointer {ROUTER}")
 
@@ -265,6 +250,8 @@ def sizes_of(geometry: Geometry, layer: Layer[Prepared]) -> dict[str, int]:
     """What all layers have alike."""
     attention, (heads, n, p, r, v) = layer.attention, geometry[:5]
     sizes = {"H": len(layer.input_layernorm), "A": heads, "R": r, "C": p // 2}
+    if (delta := geometry.delta) is not None:
+        sizes |= {"dA": delta.value_heads, "dV": delta.V}
     if geometry.grouped is not None:
         G, Z, _ = geometry.grouped
         return sizes | {"X": heads * Z, "L": G * Z}
@@ -352,7 +339,21 @@ def grouped_layer(
         *(geometry.eps, geometry.softmax_scale),
         *(layer.input_layernorm, layer.post_attention_layernorm, *norms, w.sinks),
         *(w.q_bias, w.k_bias, w.v_bias, w.o_bias, w.q_proj, w.k_proj, w.v_proj, w.o_proj),
-        *(layer.gate, layer.gate_bias),
+        *(layer.gate, layer.gate_bias, w.q_gate),
+    )
+
+
+def delta_layer(
+    geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], index: int
+) -> Bound:
+    """The weights of the ``index``-th layer with a delta rule up to its router.  `ValueError`."""
+    w = layer.attention
+    assert isinstance(w, Delta) and geometry.delta is not None
+    return _DELTA.bind(
+        sizes,
+        *(*geometry.delta, geometry.eps, 0.0, w.conv, w.a_log, w.dt_bias, w.value_norm, index),
+        *(layer.input_layernorm, layer.post_attention_layernorm, w.in_proj_qkv, w.in_proj_z),
+        *(w.in_proj_b, w.in_proj_a, w.out_proj, layer.gate, layer.gate_bias),
     )
 
 
@@ -388,11 +389,14 @@ class BoundLayers(Bound):
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[BoundMlp | None]
     ) -> None:
         sizes, groups, bound = sizes_of(geometry, layers[0]), Groups(), list[Bound]()
-        sizes["K"], indexers, topk, self.window = geometry.router.top_k, 0, 0, 0
+        sizes["K"], deltas, indexers, topk, self.window = geometry.router.top_k, 0, 0, 0, 0
         of_groups = [0, 0]  # rows of a token, of layers without a window and with one
         for layer, mlp in zip(layers, mlps, strict=True):
-            mla = compressed = grouped = None
-            if isinstance(layer.attention, Compressed):
+            mla = compressed = grouped = delta = None
+            if isinstance(layer.attention, Delta):
+                delta = delta_layer(geometry, layer, sizes, deltas)
+                deltas += 1
+            elif isinstance(layer.attention, Compressed):
                 compressed = compressed_layer(geometry, layer, sizes, groups)
             elif isinstance(layer.attention, Grouped):
                 kind = int(layer.attention.window > 0)
@@ -410,7 +414,7 @@ class BoundLayers(Bound):
                 mlp.agree(sizes)
             mixings = layer.attention_mixing, layer.mlp_mixing
             both = [_hyper(mixing, geometry, sizes["H"]) for mixing in mixings]
-            rest = layer.experts_of, grouped, layer.logit_bias
+            rest = layer.experts_of, grouped, layer.logit_bias, delta
             bound.append(_LAYER.bind(sizes, mla, compressed, *both, mlp, *rest))
         routed, self.groups = [layer.gate is not None for layer in layers], [*groups.values()]
         # Routers behind each layer's, and behind none.
@@ -425,6 +429,11 @@ class BoundLayers(Bound):
         if geometry.grouped is not None:
             width = latent_bytes(geometry.R, geometry.R)
             self.rows, self.keys = (of_groups[0], width), (of_groups[1], width)
+        self.inputs = self.states = 0, 0
+        if (of := geometry.delta) is not None:
+            self.attention = Delta
+            self.inputs = deltas, 4 * (sizes["dC"] + 2 * of.value_heads)
+            self.states = deltas, 4 * of.value_heads * of.K * of.V
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
         counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)
