@@ -147,7 +147,7 @@ def tokenizers(folder):
             opened.token_bytes(id_)
         stream.flush()
         with suppress(RefusedError):
-            grammar = Grammars(opened, ends, Dialect(opened)).compile(schema)
+            grammar = Grammars(opened, ends, Dialect(opened)).compile(schema)()
             grammar.allowed()
 
     def parse(data):

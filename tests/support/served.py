@@ -115,7 +115,7 @@ def deepseek_files(folder):
 def passed(tokenizer, text, policy=None, wanted=None, is_thinking=None):
     """The beginning of ``text`` that a mask lets pass, and whether the answer may end there."""
     eos, dialect = tokenizer.token_id(tokenizer.eos_token), Dialect(tokenizer)
-    mask = Grammars(tokenizer, (eos,), dialect).compile(wanted, policy, is_thinking).mask()
+    mask = Grammars(tokenizer, (eos,), dialect).compile(wanted, policy, is_thinking)().mask()
     reasoning, through = tokenizer.reasoning, ""
     shown = {**dialect.shown, **(reasoning.shown if reasoning is not None else {})}
     for id_ in tokenizer.encode(text, add_bos=False):

@@ -436,13 +436,17 @@ def test_items_become_messages():
 FUZZ = """--no-color --checks all --continue-on-failure --exclude-checks positive_data_acceptance
     --output-sanitize false --phases fuzzing --max-examples 100
     --request-timeout 90 --max-response-time 90"""
+# Of what breaks a rule; 413 of many small items, whose bytes are too many before they are counted.
+REFUSALS = "[checks]\nnegative_data_rejection.expected-statuses = [400, 404, 413]\n"
 
 
 @pytest.mark.usefixtures("nightly")
-def test_schemathesis(network, runtime):
+def test_schemathesis(network, runtime, tmp_path):
     """What ``schemathesis run`` finds with its checks, whatever name it gives the model."""
+    (config := tmp_path / "schemathesis.toml").write_text(REFUSALS)
     with Served(runtime, names=("sample", "*")) as served:
-        command = [sys.executable, "-m", "schemathesis.cli", "run", *shlex.split(FUZZ)]
+        command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config)]
+        command += ["run", *shlex.split(FUZZ)]
         command.append(f"{served.address}/openapi.json")
         found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -8,10 +8,12 @@ from threading import Event
 
 import pytest
 
+from slotmoe.errors import ConfigError
 from slotmoe.model.child import COMPILER
 from slotmoe.model.generate import Answer
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import errors as serve_errors
+from slotmoe.tools.serve import grammar
 from slotmoe.tools.serve.guard import MAX_KEYS, MAX_VALUES
 from slotmoe.tools.serve.requests import Rule
 from tests.support.apis import ASKED, CHAT, MESSAGES, OLLAMA, RESPONSES
@@ -303,8 +305,28 @@ def test_other_rules_are_refused(served, rule, problem, monkeypatch):
     assert served.text(max_tokens=9) and served.service.engine.alive
 
 
+FORCED = f"^[ab]({'ab' * 4000}){{9973}}$"
+FORCING = [
+    ("a", Rule("regex", FORCED)),
+    ('"a', Rule("json", {"type": "string", "pattern": FORCED})),
+]
+
+
+@pytest.mark.parametrize(("begun", "rule"), FORCING)
+def test_a_mask_looks_ahead_within_bounds(served, begun, rule):
+    """At what has no choice; of a schema it looked at 500,000 bytes, for a second."""
+    mask = served.service.grammars.compile(rule)().mask()
+    for character in begun:
+        mask.consume(*served.service.encode(character, add_bos=False))
+    with pytest.raises(ConfigError, match="takes too much work to follow"):
+        mask.allowed()
+    assert len(mask._matcher.compute_ff_bytes()) < 70_000
+
+
 def test_nothing_is_compiled_for_a_client_that_has_left(served, monkeypatch):
     run, came, gate = COMPILER.run, [], Event()
+    made, make = [], grammar.LLMatcher
+    monkeypatch.setattr(grammar, "LLMatcher", lambda *a, **k: made.append(a) or make(*a, **k))
 
     def gated(*given):
         came.append(given)
@@ -319,7 +341,8 @@ def test_nothing_is_compiled_for_a_client_that_has_left(served, monkeypatch):
         client.close()
     assert served.chat(grammar=GBNF)[0] == 200
     gate.set()
-    assert len(came) == 2
+    assert served.chat(grammar=GBNF)[0] == 200  # the child has answered the first one too
+    assert (len(came), len(made)) == (3, 2)
 
 
 def ask(served, schema, as_tool=False, **about):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
@@ -50,7 +50,9 @@ _MOST_OPTIONAL = 500
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 # What a mask of a stranger's grammar may cost, some 10 ms: of the items of a row, which stand for
 # ways to read a text, the time is a cube.  Those of a schema can only be many, not ambiguous.
-_LIMITS = LLParserLimits(max_items_in_row=250, step_max_items=10_000)
+_ITEMS, _ITEMS_OF_SCHEMAS = (250, 10_000), (2000, 50_000)
+# And what regular expressions may cost: a thousand are up to 0.7 ms.  The first mask has more.
+_FUEL, _FUEL_OF_CHARACTER = 100_000, 3  # schemas that list many properties need 1.7
 # What of an answer is without a choice is encoded as a whole, by each mask anew: of schemas, of
 # regular expressions and choices so many bytes, none of grammars, which repeat repetitions.
 _FORCED, _UNFORCED = 8192, '%llguidance {"no_forcing": true}\n'
@@ -160,19 +162,17 @@ class Grammars:
 
     def compile(
         self, wanted: Rule | None, policy: ToolPolicy | None = None, is_thinking: bool | None = None
-    ) -> Mask | None:
-        """What an answer has to follow that is as ``wanted``, or calls functions, after its
-        reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
-        reasoning, None where there is none.  Raises ``RefusedError``."""
-        if wanted is None and policy is None:
-            return None
+    ) -> Callable[[], Mask]:
+        """Makes what an answer has to follow that is as ``wanted``, or calls functions, after its
+        reasoning.  ``is_thinking`` where the prompt has begun the reasoning, None where there is
+        none.  Raises ``RefusedError``, and so does what it gives, which takes as long again."""
         content, schemas, where = None, list[_Schema](), "response_format"
-        tables, limits, other = self._tokenizer, None, ("", "")
+        tables, items, other = self._tokenizer, _ITEMS_OF_SCHEMAS, ("", "")
         if wanted is not None and wanted.kind == "json":
             content = self._json(wanted.rule, wanted.strict, where, where, schemas)
         elif wanted is not None:
             kind, text, where, _ = wanted
-            content, limits = "@wanted", _LIMITS
+            content, items = "@wanted", _ITEMS
             other = kind, text if isinstance(text, str) else json.dumps(text)
             if len(other[1]) > _MAX_SCHEMA:
                 raise RefusedError(f"{where}: more than {_MAX_SCHEMA} characters", where, 413)
@@ -196,13 +196,23 @@ class Grammars:
         if problem:
             reason = problem.partition("\n   1 |")[0][:200]
             raise RefusedError(f"{where}: the {other[0]} can't be followed ({reason})", where)
-        matcher = LLMatcher(tables, rules, log_level=0, limits=limits)
-        if whole or matcher.is_error():
-            reason = (whole or matcher.get_error())[:200]
-            raise RefusedError(f"the schemas can't be followed together ({reason})")
-        mask = Mask(matcher, self._source.size, [*chain.from_iterable(names)], forces)
-        mask.allowed()  # here it holds nobody up
-        return mask
+
+        def made() -> Mask:
+            limits = LLParserLimits(
+                initial_lexer_fuel=_FUEL + _FUEL_OF_CHARACTER * len(rules),
+                step_lexer_fuel=_FUEL,
+                max_items_in_row=items[0],
+                step_max_items=items[1],
+            )
+            matcher = LLMatcher(tables, rules, log_level=0, limits=limits)
+            if whole or matcher.is_error():
+                reason = (whole or matcher.get_error())[:200]
+                raise RefusedError(f"the schemas can't be followed together ({reason})")
+            mask = Mask(matcher, self._source.size, [*chain.from_iterable(names)], forces)
+            mask.allowed()  # here it holds nobody up
+            return mask
+
+        return made
 
     def _reasoning(self, is_thinking: bool | None) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""

@@ -99,11 +99,12 @@ class Service:
     async def grammar(
         self, wanted: Rule | None, policy: ToolPolicy | None = None, is_thinking: bool | None = None
     ) -> Mask | None:
-        """As ``Grammars.compile``."""
+        """As ``Grammars.compile``; None where the answer is free."""
         if wanted is None and policy is None:
             return None
         asked = wanted, policy, is_thinking
-        return await self.prepare(self.grammars.compile, *asked, turn=self._compiling)
+        make = await self.prepare(self.grammars.compile, *asked, turn=self._compiling)
+        return await self.prepare(make, turn=self._compiling)
 
     async def prepare(
         self, work: Callable[..., T], *given: object, turn: asyncio.Lock | None = None
