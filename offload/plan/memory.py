@@ -34,7 +34,7 @@ PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some l
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 PAGE, PAGE_ENTRY = 4096, 8  # bytes of a page of locked RAM, and of its entry in the GPU's tables
-MARKED_TOKENS = 1024  # at least, between two copies of the states of delta rules
+MARKED_TOKENS = 1024  # between two copies of the states of delta rules
 DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
 # What importing the libraries takes, with torch 2.13 for CPUs; a running process knows its figure.
@@ -137,10 +137,10 @@ def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 
 
 
 def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes: int = 2) -> int:
-    """Bytes of the marks that a pass over so many tokens makes; with delta rules it makes one,
-    which is among all."""
-    kept = _kept(config, kernels, value_bytes) if config.delta is None else ()
-    return tokens // MARKS.tokens * sum(one.regular * one.last for one in kept)
+    """Bytes of the marks that a pass over so many tokens makes."""
+    kept = _kept(config, kernels, value_bytes)
+    spacing = MARKS.tokens if config.delta is None else MARKED_TOKENS
+    return tokens // spacing * sum(one.regular * one.last for one in kept)
 
 
 def choose_marks(config: Config, budget: int, sequences: int) -> Marks:
@@ -407,7 +407,6 @@ def make_plan(
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
-    marks = marks._replace(tokens=max(marks.tokens, chunk * marks.early))  # one a pass at most
     given = components, count, staging, record, budget, tier, context, chunk, drafted
     plan = Plan(*given, marks=marks)
     return plan if host_budget is None else _above(plan, runtime, host_budget, everything, top_k)

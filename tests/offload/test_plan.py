@@ -15,7 +15,14 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import HUB, geometry_path, gpu_named
-from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
+from slotmoe.offload.plan.memory import (
+    MARKED_TOKENS,
+    kv_bytes,
+    make_plan,
+    mark_bytes,
+    sizes_of,
+    waiting_bytes,
+)
 from slotmoe.offload.plan.speed import (
     CORE,
     GPU_LAUNCHES,
@@ -132,7 +139,7 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
         if state.snapshot_bytes(MARKS.tokens):
             many = range(MARKS.tokens * 1000, MARKS.tokens * 1008, MARKS.tokens)
             marks = sum(map(state.snapshot_bytes, many))
-            marks *= config.delta is None  # of states of delta rules a pass makes one
+            marks //= 1 if config.delta is None else MARKED_TOKENS // MARKS.tokens
             assert mark_bytes(config, 8 * MARKS.tokens, *given) == marks
             if kernels == "torch":  # beyond a chunk, streams and rotations
                 tables = 1 if config.compressed is None else 2

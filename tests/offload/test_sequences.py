@@ -3,12 +3,14 @@ memory, among several sequences, and on disk."""
 
 import os
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.quant.shapes import MARKS
 from tests.support.engine import decode, failing
 from tests.support.hostile import flip
@@ -164,3 +166,47 @@ def test_snapshots_count_for_the_limit_and_go_with_their_text(kept, fresh):
     there = [path for path in folder.rglob("*-*") if path.stat().st_mtime > 1]
     assert sum(path.stat().st_size for path in folder.rglob("*-*")) <= size
     assert there and not kept.said
+
+
+def agents_day(ask, restart):
+    """Twenty turns as of a coding agent: 1,500 tokens of instructions and tools, then results of
+    tools and answers.  Its client leaves the reasoning of a turn out of the next, takes a message
+    back, makes a summary of the middle, and is served by another process from the tenth turn on.
+    By what was done the tokens that were computed though they had been before."""
+    history, seen, twice = words(100, 1500), list[list[int]](), Counter[str]()
+    starts = list[int]()
+    for turn in range(20):
+        what, added = "goes on", words(101 + turn, 150 + 37 * turn % 500)
+        if turn == 10:
+            what = "another process"
+            restart()
+        if turn == 7:
+            what, history = "a message taken back", history[: starts[5]]
+        if turn == 14:
+            what, history = "a summary of the middle", [*history[:1500], *words(99, 300)]
+        starts.append(len(history))
+        prompt = [*history, *added]
+        known = max((shared_prefix(text, prompt[:-1]) for text in seen), default=0)
+        ids, reused = ask(prompt)
+        twice[what] += known - reused
+        seen.append([*prompt, *ids[:-1]])
+        # Each second answer is kept as it was; of others the reasoning is not.
+        history = [*prompt, *(ids if turn % 2 else [4001, *ids[6:]])]
+    return twice
+
+
+def test_an_agents_day_reads_little_twice(export, tmp_path, nightly):
+    """The table of docs/sessions.md."""
+    with Runtime.open(export, context=16384) as runtime:
+
+        def restart():
+            runtime.engine.empty()
+            runtime.keep_in(tmp_path)
+
+        restart()
+        twice = agents_day(lambda prompt: answer_to(runtime, prompt), restart)
+        spacing = runtime.model.plan.marks.tokens
+    assert twice["another process"] == 0
+    assert twice["goes on"] <= 9  # the last token of prompts whose reasoning is left out
+    assert twice["a message taken back"] <= 16
+    assert twice["a summary of the middle"] < spacing

@@ -166,14 +166,14 @@ def hub_name(name: str) -> str:
 # context, a wider window.
 CONFIGS = {
     "v4": CONFIG
-    | {"max_position_embeddings": 8192, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    | {"max_position_embeddings": 32768, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
     | {"q_lora_rank": 32, "qk_rope_head_dim": 8, "o_lora_rank": 16, "sliding_window": 24}
     | {"index_head_dim": 16, "index_n_heads": 4, "index_topk": 16, "swiglu_limit": 2.0}
     | {"hc_mult": 2, "hc_sinkhorn_iters": 6}
     | {"rope_scaling": CONFIG["rope_scaling"] | {"factor": 4.0}},
-    "v3.2": {**family_config(V32, **INDEXED), "max_position_embeddings": 8192},
-    "windows": family_config(OSS, sliding_window=24, max_position_embeddings=8192),
-    "delta": family_config(NEXT, max_position_embeddings=8192),
+    "v3.2": {**family_config(V32, **INDEXED), "max_position_embeddings": 32768},
+    "windows": family_config(OSS, sliding_window=24, max_position_embeddings=32768),
+    "delta": family_config(NEXT, max_position_embeddings=32768),
 }
 CONFIGS["v4"]["rope_scaling"]["original_max_position_embeddings"] = 256
 
