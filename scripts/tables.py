@@ -59,6 +59,8 @@ GEOMETRIES = {  # their parameters, as the publisher rounds them
     "glm-4.7-flash": "30B",
     "gpt-oss-20b": "21B",
     "qwen3-30b-a3b": "31B",
+    "qwen3.6-35b-a3b": "35B",
+    "qwen3-next-80b-a3b": "80B",
     "glm-4.5-air": "107B",
     "gpt-oss-120b": "117B",
     "mistral-small-4": "119B",

@@ -72,10 +72,11 @@ def command(
 
     MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
     v2.5, coder-v2, v3, r1, v3.1, v3.2, v4-flash, v4-pro, glm-5, kimi-k2, qwen3-30b-a3b,
-    qwen3-235b-a22b, glm-4.5-air, minimax-m2, gpt-oss-20b, gpt-oss-120b, sample), an export, a
-    checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
-    alone is fetched. Speeds come from bandwidths: those given here, those that slotmoe bench
-    --calibrate has measured on this machine, or assumptions; the report says which.
+    qwen3-235b-a22b, qwen3-next-80b-a3b, qwen3-coder-next, qwen3.5-35b-a3b, qwen3.6-35b-a3b,
+    glm-4.5-air, minimax-m2, gpt-oss-20b, gpt-oss-120b, sample), an export, a checkpoint folder, a
+    GGUF file, the path of a config.json, or a hub id, of which the config alone is fetched. Speeds
+    come from bandwidths: those given here, those that slotmoe bench --calibrate has measured on
+    this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
     cheapest ways out.  If it fits, the last line is the command to type next.  Without options for
