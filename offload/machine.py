@@ -35,6 +35,7 @@ _UNSHARED = re.compile(
     r"fuse\.(sshfs|rclone|s3fs|gcsfuse|blobfuse2) |nfs4? .*\b(nolock|local_lock=(all|flock))\b|"
     r"(cifs|smb3) .*\bnobrl\b|lustre .*\blocalflock\b"
 )
+_NO_GPU = 34, 100  # of CUDA's driver: a stub of it, no device
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -121,7 +122,7 @@ def visible_gpu(index: int) -> Gpu | None:
         name, size, driver = run.stdout.splitlines()[0].rsplit(", ", 2)
         return Gpu(name, int(size) << 20 if size.isdecimal() else 0, driver)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return Gpu("an NVIDIA GPU", 0, "") if identity else None
+        return None if identity is None else Gpu("an NVIDIA GPU", 0, "")
 
 
 def ask_gpu(index: int) -> Json:
@@ -142,11 +143,14 @@ def ask_gpu(index: int) -> Json:
 
 
 def _cuda_uuid(index: int) -> str | None:
-    """What CUDA's driver calls its GPU ``index`` (``GPU-...``), None without such a GPU."""
+    """What CUDA's driver calls its GPU ``index`` (``GPU-...``), empty where it does not start, None
+    without such a GPU."""
     device, raw = ctypes.c_int(), (ctypes.c_ubyte * 16)()
     try:
         driver = ctypes.CDLL(CUDA)
-        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index)
+        if (failed := driver.cuInit(0)) not in (0, *_NO_GPU):
+            return ""
+        failed = failed or driver.cuDeviceGet(ctypes.byref(device), index)
         failed = failed or driver.cuDeviceGetUuid(ctypes.byref(raw), device)
         return None if failed else f"GPU-{UUID(bytes=bytes(raw))}"
     except (OSError, AttributeError):

@@ -332,7 +332,7 @@ def test_a_gpus_figures_are_the_pages_arithmetic(planned, block):
     command, *lines = block.splitlines()
     sums = {"prefill": 0.0, "decode": 0.0}
     for line in lines:
-        name, product, result = re.match(r"(.{29}) ([\d.e ()*/+-]+) +([\d.]+)$", line).groups()
+        name, product, result = re.match(r"(.{21}) ([\d.e()*/+-]+) +([\d.]+)$", line).groups()
         spent = eval(product)  # of digits and signs
         assert f"{spent:.1f}" == result, line
         sums["prefill" if name.startswith("prompt") else "decode"] += spent / 1e3
@@ -381,7 +381,6 @@ LAUNCHED = {"v3.2-sparse": "indexed", "v4": "compressed", "glm4": "grouped"}
 @pytest.mark.usefixtures("nightly", "interpreter", "twin")
 @pytest.mark.parametrize("case", LAUNCHED)
 def test_launches_of_a_layer_are_those_that_plan_counts(case, tmp_path, monkeypatch):
-    """Beside few of the token's own."""
     pytest.importorskip("triton", reason="needs Triton, which is for Linux")
     shape = {"o_lora_rank": 32} if case == "v4" else {}
     write_case(tmp_path / "source", case, torch.bfloat16, max_position_embeddings=256, **shape)
@@ -400,8 +399,7 @@ def test_launches_of_a_layer_are_those_that_plan_counts(case, tmp_path, monkeypa
         monkeypatch.setattr(streams.Gpu, "put", count)
         step([10])
     kernels = sum(not isinstance(item, streams.Mark) for item in launched)
-    layers, counted = runtime.config.num_hidden_layers, GPU_LAUNCHES[LAUNCHED[case]]
-    assert 0 <= kernels - layers * counted < counted
+    assert round(kernels / runtime.config.num_hidden_layers) == GPU_LAUNCHES[LAUNCHED[case]]
 
 
 def test_bandwidths_are_kept_for_later_plans(planned, tmp_path):

@@ -4,6 +4,8 @@ There is no GPU: ``nvidia-smi``, torch's answers and the C compiler are faked.""
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from functools import partial
@@ -135,6 +137,21 @@ def test_doctor_and_plan_ask_in_a_process_of_their_own(seen, program, slotmoe, m
     assert (report["gpu"], report["budget"]["vram"]) == ("NVIDIA GB10", 90 << 30)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "not used" not in slotmoe("plan", "v2-lite")[1]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is here")
+@pytest.mark.parametrize(("code", "told"), [(803, "an NVIDIA GPU is not used: "), (100, "")])
+def test_a_driver_that_does_not_start_is_a_gpu_that_is_not_used(
+    slotmoe, tmp_path, monkeypatch, code, told
+):
+    """As after its update, until the machine is started again."""
+    source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+    source.write_text(f"int cuInit(unsigned flags) {{ return {code}; }}")
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+    monkeypatch.setattr(machine, "CUDA", str(library))
+    monkeypatch.setattr(runtime, "open_model", refuse)
+    err = slotmoe("run", "sample", "Call me")[2]
+    assert told in err and ("is not used" in err) == bool(told)
 
 
 @pytest.mark.parametrize("name", ["t4", "RTX 2080 Ti", "v100", "gtx-1080"])
