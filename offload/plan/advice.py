@@ -345,6 +345,7 @@ class Scenario:
         if not self.fits:
             return report
         setting = self._setting()
+        report["settings"]["misses"] = setting.misses if gpu else None
         report |= asdict(setting.predict(prompt_tokens, new_tokens))
         report["found_in_memory"] = setting.hits(max(plan.slots, plan.host_slots))
         assumed = any(rates.origin_of(tier).startswith("assumed") for tier in (*tiers, *CORE))
