@@ -252,8 +252,9 @@ def blocks_in(folder):
 def test_the_limit_evicts_what_was_unused_for_longest(tmp_path):
     """And of that the end first."""
     texts = [[*range(1000 * index, 1000 * index + 130)] for index in range(4)]
-    size = fill(BlockFolder(tmp_path / "probe", 1 << 20, print), texts[0])
-    folder = BlockFolder(tmp_path / "blocks", 3 * size, pytest.fail)
+    probe = BlockFolder(tmp_path / "probe", 1 << 20, print)
+    assert fill(probe, texts[0][:100]) and fill(probe, texts[0])
+    folder = BlockFolder(tmp_path / "blocks", 3 * probe.nbytes, pytest.fail)
     for index, tokens in enumerate(texts[:3]):
         fill(folder, tokens)
         for path in files(tmp_path):

@@ -5,6 +5,8 @@ import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from queue import Empty
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Answer
 from slotmoe.offload.engine import loading
-from slotmoe.offload.engine.requests import Forced, Request
+from slotmoe.offload.engine.requests import _WAIT_SECONDS, Forced, Request, wait_for
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, failing, passes_of, together, until, whole
 
@@ -40,6 +42,29 @@ def runtime(sample_export, heavy):
         with Runtime.open(sample_export, context=1024, sequences=6, slots=112) as runtime:
             runtime.plan.__dict__["prefill_chunk"] = 128
             yield runtime
+
+
+def test_a_text_takes_an_empty_sequence_before_another_text(runtime):
+    engine, first = runtime.engine, words(7, 40)
+    engine.empty()
+    decode(runtime, first, [])
+    engine.call(engine.batch._free.reverse)
+    decode(runtime, words(8, 40), [])
+    reused = engine.batch.totals.reused_tokens
+    decode(runtime, first, [])
+    assert engine.batch.totals.reused_tokens - reused == len(first) - 1
+
+
+def test_who_waits_waits_as_long_as_asked():
+    asked = []
+
+    def get(timeout):
+        asked.append(timeout)
+        raise Empty
+
+    with pytest.raises(Empty):
+        wait_for(SimpleNamespace(get=get), lambda: True, 2.5 * _WAIT_SECONDS)
+    assert sum(asked) == 2.5 * _WAIT_SECONDS
 
 
 @pytest.mark.parametrize("prompts", LOADS, ids=["two", "five"])

@@ -1,6 +1,8 @@
 """The device store and the prefetcher in any order of events: the right bytes in each slot, no slot
 lost or used twice, none kept by a pass that has ended."""
 
+from random import Random
+
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -94,6 +96,8 @@ class Engine(RuleBasedStateMachine):
         slots, store = self.slots, self.store
         missing = [id for id in chosen if store.state(id) is not CACHED]
         self.prefetcher.chosen(row, chosen, len(missing))
+        wrong = {*range(row * EXPERTS, (row + 1) * EXPERTS)}.difference(chosen)
+        assert not any(READING <= store.state(id) <= ARRIVED for id in wrong)
         reads = slots.demand(missing)
         assert all(READING <= store.state(id) <= ARRIVED for id in missing)
         store.held_N[chosen] = True
@@ -129,6 +133,15 @@ class Engine(RuleBasedStateMachine):
             assert slot.read is read and slot.state in (READING, LEAVING)
         self.right(*(slot.expert for slot in store.slots if slot.state in (CACHED, STALE)))
         assert torch.equal(self.slots.slots_ME, store.table_ME)
+
+
+def test_a_record_that_is_read_twice_at_once_is_kept_once():
+    """As the host tier may."""
+    cache = make_cache("lru", CHOSEN, ROWS, EXPERTS)
+    store = Slots(Disk(Random(0)), cache, CHOSEN, CHOSEN, BYTES, Device()).store
+    for slot in (store.take(0), store.take(0)):
+        store.move(slot, STALE)
+    sound(store)
 
 
 @states.SIZES
