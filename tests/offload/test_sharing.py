@@ -6,7 +6,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import Empty
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,15 +56,10 @@ def test_a_text_takes_an_empty_sequence_before_another_text(runtime):
 
 
 def test_who_waits_waits_as_long_as_asked():
-    asked = []
-
-    def get(timeout):
-        asked.append(timeout)
-        raise Empty
-
+    queue = Mock(**{"get.side_effect": Empty})
     with pytest.raises(Empty):
-        wait_for(SimpleNamespace(get=get), lambda: True, 2.5 * _WAIT_SECONDS)
-    assert sum(asked) == 2.5 * _WAIT_SECONDS
+        wait_for(queue, lambda: True, 2.5 * _WAIT_SECONDS)
+    assert sum(call.kwargs["timeout"] for call in queue.mock_calls) == 2.5 * _WAIT_SECONDS
 
 
 @pytest.mark.parametrize("prompts", LOADS, ids=["two", "five"])
