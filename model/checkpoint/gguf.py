@@ -10,7 +10,9 @@ kv_lora_rank.
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,17 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model import names
 from slotmoe.model.checkpoint.gguf_header import MAX_TENSORS, GgufHeader, GgufTensor
-from slotmoe.model.checkpoint.places import MXFP4, OF_E2M1, Codes, Places
+from slotmoe.model.checkpoint.places import (
+    MXFP4,
+    OF_E2M1,
+    Codes,
+    Places,
+    Rows,
+    Shape,
+    Source,
+    picking,
+    source_of,
+)
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
 from slotmoe.model.config import Config
 
@@ -30,6 +42,8 @@ _EXPERTS = {f"mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", 
 _HALVES = {f"{_KV_B}.{part}": f"attn_{part}_b" for part in "kv"}
 _BIASES = {f"{name}.bias": theirs for name, theirs in _EXPERTS.items()}
 _NAMES = {part.name: part.gguf for part in names.PARTS.values()} | _EXPERTS | _BIASES | _HALVES
+_DELTA, _BOTH = "linear_attn.", "linear_attn.in_proj_ba"
+_NAMES |= {_BOTH: "ssm_ba"}
 """The network's tensors, those of a layer by their name inside it -> llama.cpp's, which may have
 ``kv_b_proj`` in two, by head."""
 
@@ -100,8 +114,9 @@ def gguf_tensors(
         for name, count in _matrices(config).items()
         if _spelled(name) in files
     }
-    apart = replace(config, family=config.family._replace(interleaved=False))
-    places = Places(path, stored, apart, "its metadata", _spelled, "tensor ")
+    apart = config.family._replace(interleaved=False, norms_less_one=False)
+    given = replace(config, family=apart), "its metadata", _spelled, "tensor ", _source_of
+    places = Places(path, stored, *given)
     infos = dict[str, TensorInfo]()
     for name, shape in names.tensor_shapes(config):
         layer, inner = names.split_name(name)
@@ -121,10 +136,47 @@ def gguf_tensors(
     return infos, places.used
 
 
+def _source_of(name: str, shape: Shape, config: Config) -> Source:
+    """Of the weight ``name``, as llama.cpp's converter makes it.  In Qwen3.5 it puts the first
+    value head of each key head before all second ones."""
+    of, (_, inner) = config.delta, names.split_name(name)
+    part = inner.removeprefix(_DELTA)
+    joined = ("in_proj_b", "in_proj_a") if config.family.by_key_head else ()
+    if of is None or part in (inner, "norm", *joined):
+        return source_of(name, shape, config)
+    heads_H = torch.arange(of.num_value_heads)
+    if not config.family.by_key_head:
+        heads_H = heads_H.view(-1, of.num_key_heads).t().flatten()
+    unit = of.value_head_dim if part in ("in_proj_qkv", "in_proj_z", "conv1d", "out_proj") else 1
+    first = 2 * of.num_key_heads * of.key_head_dim if part in ("in_proj_qkv", "conv1d") else 0
+    starts = (first + unit * heads_H).tolist()
+    order = [range(first), *(range(start, start + unit) for start in starts)]
+    if part == "conv1d":
+        return name, shape[::-1], partial(_taps, order=order)
+    makes = {"A_log": _logarithms, "out_proj": _columns}
+    return name, shape, partial(makes[part], order=order) if part in makes else picking(order)
+
+
+def _taps(rows: Rows, start: int, stop: int, order: list[range]) -> Tensor:
+    """Of a convolution."""
+    count = sum(map(len, order))
+    return picking(order)(rows, 0, count).t()[start:stop].contiguous()
+
+
+def _logarithms(rows: Rows, start: int, stop: int, order: list[range]) -> Tensor:
+    """``A_log``, of which llama.cpp has -exp."""
+    return (-picking(order)(rows, start, stop)).log()
+
+
+def _columns(rows: Rows, start: int, stop: int, order: list[range]) -> Tensor:
+    return rows(start, stop)[:, [*chain(*order)]]
+
+
 def _matrices(c: Config) -> dict[str, int]:
     """The tensors that a file may have, and how many matrices are in each."""
     counts = dict.fromkeys(names.resident_shapes(c), 1)
     for layer in range(c.num_hidden_layers):
+        counts[names.layer_tensor(layer, _BOTH)] = 1
         counts |= {names.layer_tensor(layer, half): c.num_attention_heads for half in _HALVES}
     for layer in c.moe_layers:
         fused = (names.layer_tensor(layer, part) for part in _EXPERTS)
@@ -137,6 +189,8 @@ def _matrices(c: Config) -> dict[str, int]:
 def _spelled(name: str) -> str:
     """llama.cpp's name of a weight."""
     layer, inner = names.split_name(re.sub(r"(?<=\.experts\.)\d+\.", "", name))
+    if inner == f"{_DELTA}A_log":
+        return f"blk.{layer}.ssm_a"
     kind = "bias" if inner.endswith("bias") else "weight"
     return f"{_NAMES[name]}.{kind}" if layer is None else f"blk.{layer}.{_NAMES[inner]}.{kind}"
 

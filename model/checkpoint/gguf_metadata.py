@@ -25,7 +25,8 @@ from slotmoe.model.tiktoken import WORDS as KIMI_WORDS
 _ARCHITECTURES = {
     **{"deepseek2": "deepseek_v2", "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"},
     **{"glm4moe": "glm4_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2", "dots1": "dots1"},
-    **{"hunyuan-moe": "hunyuan_v1_moe", "glm-dsa": "glm_moe_dsa"},
+    **{"hunyuan-moe": "hunyuan_v1_moe", "glm-dsa": "glm_moe_dsa", "qwen3next": "qwen3_next"},
+    **{"qwen35moe": "qwen3_5_moe_text"},
 }
 """llama.cpp's name -> ``model_type``; ``deepseek2`` with scores by sigmoid is ``deepseek_v3``."""
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -42,6 +43,8 @@ _OF_LATENTS |= {"qk_rope_head_dim": "rope.dimension_count"}
 """``config.json``'s key -> that of the metadata, behind the architecture's name."""
 _OF_INDEXERS = {"index_n_heads": "head_count", "index_head_dim": "key_length"}
 _OF_INDEXERS |= {"index_topk": "top_k"}
+_OF_DELTA = {"linear_num_key_heads": "ssm.group_count", "linear_key_head_dim": "ssm.state_size"}
+_OF_DELTA |= {"linear_num_value_heads": "ssm.time_step_rank"}
 _OF_GATES = (
     ("first_k_dense_replace", "leading_dense_block_count", 0),
     ("n_shared_experts", "expert_shared_count", 0),
@@ -66,7 +69,12 @@ _YARN: dict[str, tuple[Any, ...]] = {
 """Settings of YaRN -> key behind ``rope.scaling``, type, and what a file without it means."""
 _HEADS = ("attention.key_length", "attention.value_length")
 _KNOWN = {*_FIXED, *_HEADS, "attention.head_count_kv", "expert_group_used_count"}
-_KNOWN |= {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier"}
+_KNOWN |= {
+    "rope.dimension_sections",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_log_multiplier",
+}
 _KNOWN |= {f"rope.scaling.{key}" for key, *_ in _YARN.values()}
 _LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
@@ -103,6 +111,10 @@ _SPLITS = {
         f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDINGS}?"
         f"|\\p{{N}}{{1,3}}| ?{_SIGN}+[\\r\\n/]*|{_SPACES}",
     )),
+    "qwen35": (
+        f"{_ENDINGS}|{_BEFORE}[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
+        f"| ?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{_SPACES}",
+    ),
     **dict.fromkeys(("qwen2", "hunyuan"), (
         f"{_ENDINGS}|{_BEFORE}\\p{{L}}+|\\p{{N}}| ?{_SIGN}+[\\r\\n]*|{_SPACES}",
     )),
@@ -112,7 +124,7 @@ _SPLITS = {
 }  # fmt: skip
 """Patterns that split text one after the other, by the pre-tokenizer's name.  DeepSeek-V2 and its
 Coder models have the first; both of DeepSeek's split single digits after them."""
-_DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2",)  # what some do besides
+_DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2", "qwen35")  # what some do besides
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _PREFIX = "tokenizer.ggml."
 _OfEach = Meta(min_length=1, max_length=500_000)
@@ -310,7 +322,14 @@ def _grouped(found: _Metadata, values: Json, family: Family, tensors: Container[
         more[key] = found.get(name, type(default), fixed.get(key, default))
     dense = [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors]
     more["mlp_only_layers"] = dense[more["first_k_dense_replace"] :]
-    more["norm_topk_prob"] = found.get("expert_weights_norm", bool, not family.shared_gate)
+    normed = family.delta or not family.shared_gate
+    more["norm_topk_prob"] = found.get("expert_weights_norm", bool, normed)
+    if family.delta:
+        found.get("ssm.conv_kernel", Literal[4])
+        more |= {key: found.get(name, _Count) for key, name in _OF_DELTA.items()}
+        width = found.get("ssm.inner_size", _Count) // max(1, more["linear_num_value_heads"])
+        more["linear_value_head_dim"] = width
+        more["full_attention_interval"] = found.get("full_attention_interval", _Count, 4)
     window = found.get(_WINDOW, *((_Count,) if family.sinks else (Literal[0], 0)))
     if window:  # in gpt-oss each second layer has it
         names = ("sliding_attention", "full_attention")

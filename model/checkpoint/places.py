@@ -42,6 +42,9 @@ MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, 3
 OF_E2M1 = torch.tensor([*range(8, 16), *range(7, -1, -1)], dtype=torch.uint8)
 Shape = tuple[int, ...]
 Rows = Callable[[int, int], Tensor]
+Make = Callable[[Rows, int, int], Tensor]
+Source = tuple[str, Shape, Make | None]
+"""Name and shape of what is stored, and what makes rows of a weight of its rows."""
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int64, torch.int32)
@@ -189,7 +192,7 @@ class Made(TensorInfo):
     gives."""
 
     stored: TensorInfo
-    make: Callable[[Rows, int, int], Tensor]
+    make: Make
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -199,7 +202,7 @@ class Made(TensorInfo):
         return self.make(partial(self.stored.rows, read), start, stop)
 
 
-def _picking(ranges: list[range]) -> Callable[[Rows, int, int], Tensor]:
+def picking(ranges: list[range]) -> Make:
     """Gives the rows of these ``ranges``."""
     picked_R = torch.tensor([*chain(*ranges)])
 
@@ -221,11 +224,23 @@ def _one_more(rows: Rows, start: int, stop: int) -> Tensor:
     return rows(start, stop).float() + 1
 
 
+def source_of(name: str, shape: Shape, config: Config) -> Source:
+    """Of the weight ``name``, as its publishers store it."""
+    if (joined := stored_rows(name, config)) is not None:
+        stored, count, ranges = joined
+        return stored, (count, *shape[1:]), picking(ranges)
+    if name.endswith("linear_attn.conv1d.weight"):
+        return name, (shape[1], 1, shape[0]), partial(_transposed, count=shape[1])
+    is_less = config.family.norms_less_one and role_of(name) == "norm"
+    return name, shape, _one_more if is_less else None
+
+
 @dataclass
 class Places:
     """Finds weights among the tensors of the checkpoint at ``where``, ``stored`` by the network's
     names; ``used`` are those that the weights found are in.  ``source`` is what asks for them,
-    ``spelled`` gives the name that the files have for one, and ``label`` stands before it."""
+    ``spelled`` gives the name that the files have for one, ``label`` stands before it, and
+    ``source_of`` says what it is made of."""
 
     where: Path
     stored: Mapping[str, TensorInfo]
@@ -233,18 +248,12 @@ class Places:
     source: str = "config.json"
     spelled: Callable[[str], str] = str
     label: str = ""
+    source_of: Callable[[str, Shape, Config], Source] = source_of
     used: set[TensorInfo] = field(default_factory=set)
 
     def find(self, name: str, shape: Shape) -> TensorInfo:
         """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this shape."""
-        stored, whole, make = name, shape, None
-        if (joined := stored_rows(name, self.config)) is not None:
-            stored, count, ranges = joined
-            whole, make = (count, *shape[1:]), _picking(ranges)
-        elif name.endswith("linear_attn.conv1d.weight"):
-            whole, make = (shape[1], 1, shape[0]), partial(_transposed, count=shape[1])
-        elif self.config.family.norms_less_one and role_of(name) == "norm":
-            make = _one_more
+        stored, whole, make = self.source_of(name, shape, self.config)
         info = self._find(stored, whole)
         if make is None:
             return info

@@ -94,6 +94,7 @@ FAMILIES = {  # by case: what no file of that architecture can say
     "dots": {"layer_types": ["full_attention"] * 4}, "hunyuan-biases": {},
     "glm-5": {"indexer_types": ["full", "shared", "full"]}, "gpt-oss-in-blocks": {},
     "qwen2": {"decoder_sparse_step": 1},
+    "next": {}, "next-one-key-head": {}, "qwen3.5": {}, "qwen3.5-odd": {}, "qwen3.5-one-full": {},
 }  # fmt: skip
 
 
@@ -110,8 +111,11 @@ def test_other_families(case, tmp_path):
             assert several.config == ours.config and several.infos.keys() == ours.infos.keys()
         assert made.config == ours.config and made.infos.keys() == ours.infos.keys()
         for tensor in ours.infos:
-            wanted = ours.tensor(tensor).to(made.infos[tensor].dtype)
-            assert torch.equal(made.tensor(tensor), wanted), tensor
+            wanted, got = ours.tensor(tensor).to(made.infos[tensor].dtype), made.tensor(tensor)
+            rounded = 1e-6 if tensor.endswith("A_log") else 0  # files have its exponential
+            assert (got - wanted).abs().max() <= rounded, tensor
+            half = len(got) // 2
+            assert torch.equal(made.rows(tensor, half, len(got)), got[half:])
             assert made.in_4_bits(tensor) == ours.in_4_bits(tensor)
             if made.in_4_bits(tensor):
                 values = made.codes(tensor, 3, 19).values()

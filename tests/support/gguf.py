@@ -13,6 +13,7 @@ ARCHITECTURES = {
     **{"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "qwen3_moe": "qwen3moe"},
     **{"qwen2_moe": "qwen2moe", "glm4_moe": "glm4moe", "gpt_oss": "gpt-oss", "dots1": "dots1"},
     **{"minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "glm_moe_dsa": "glm-dsa"},
+    **{"qwen3_next": "qwen3next", "qwen3_5_moe_text": "qwen35moe"},
 }
 
 
@@ -38,7 +39,8 @@ def write_gguf(
         if edit is not None:
             edit(writer)
         for name, tensor in tensors.items():
-            exact = tensor.dim() == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
+            exact = tensor.dim() == 1 or name.endswith((".bias", "ssm_conv1d.weight"))
+            exact |= "ffn_gate_inp" in name
             stored = Type.F32 if exact else Type[(experts or kind) if "_exps" in name else kind]
             data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
             if substitute is not None:
@@ -59,6 +61,10 @@ def _tensors(checkpoint, architecture, kv_b):
     for name in checkpoint.infos:
         if split_expert(name) is None:
             tensor, theirs = checkpoint.tensor(name), spelled(name, c)
+            if c.delta is not None:
+                theirs, tensor = _of_delta(checkpoint, theirs, tensor)
+                if tensor is None:
+                    continue
             theirs = theirs.replace("correction_bias", "correction.bias")
             theirs += ".weight" * theirs.endswith("sinks")
             base, _, kind = theirs.rpartition(".")
@@ -69,7 +75,8 @@ def _tensors(checkpoint, architecture, kv_b):
                     theirs = known.get_name(base.replace("kv_b", f"{part}_b"))
                     yield f"{theirs}.weight", tensor.flatten(0, 1) if kv_b == "flat" else tensor
             else:
-                yield f"{known.get_name(base)}.{kind}", tensor.squeeze(0)
+                whole = known.get_name(theirs)  # of what is no module's
+                yield whole or f"{known.get_name(base)}.{kind}", tensor.squeeze(0)
     for layer in c.moe_layers:
         for part in ("gate_proj", "up_proj", "down_proj"):
             names = [expert_name(layer, e, part) for e in range(c.n_routed_experts)]
@@ -78,6 +85,33 @@ def _tensors(checkpoint, architecture, kv_b):
             biases = [name.replace(".weight", ".bias") for name in names]
             if biases[0] in checkpoint.infos:
                 yield f"{experts}.bias", torch.stack([*map(checkpoint.tensor, biases)])
+
+
+def _of_delta(checkpoint, name, tensor):
+    """In place of a model's tensor with delta rules, whose norms are whole here, what converters
+    have: rows that the hub's files join, -exp(A_log), and Qwen3.5's value heads, those of each key
+    head apart.  None for what is among another's rows."""
+    c, part = checkpoint.config, name.partition("linear_attn.")[2].removesuffix(".weight")
+    of, joined = c.delta, {"q_proj.weight": ("q_gate", c.num_attention_heads)}
+    if c.family.by_key_head:
+        joined["in_proj_b.weight"] = "in_proj_a", of.num_key_heads
+    for end, (other, heads) in joined.items():
+        if name.endswith(end):
+            beside = checkpoint.tensor(name.replace(end, f"{other}.weight"))
+            both = [x.unflatten(0, (heads, -1)) for x in (tensor, beside)]
+            name = name.replace("in_proj_b", "in_proj_ba")
+            return name, torch.cat(both, dim=1).flatten(0, 1)
+        if name.endswith(f"{other}.weight"):
+            return name, None
+    tensor = {"A_log": -tensor.exp(), "conv1d": tensor.t()}.get(part, tensor) if part else tensor
+    if part and part != "norm" and not c.family.by_key_head:
+        heads, dim = of.num_key_heads, int(part == "out_proj")
+        unit = 1 if part in ("in_proj_a", "in_proj_b", "A_log", "dt_bias") else of.value_head_dim
+        first = tensor.shape[dim] - of.num_value_heads * unit
+        keys, values = tensor.tensor_split([first], dim)
+        values = values.unflatten(dim, (heads, -1, unit)).transpose(dim, dim + 1)
+        tensor = torch.cat([keys, values.flatten(dim, dim + 2)], dim)
+    return name.replace("dt_bias", "dt_proj.bias"), tensor
 
 
 def add_config(writer, c):
@@ -100,7 +134,13 @@ def add_config(writer, c):
     else:
         values |= {"head_count_kv": c.grouped.groups}
         values |= dict.fromkeys(("key_length", "value_length"), c.grouped.head_dim)
-        if windows := [*filter(None, c.grouped.windows)]:
+        if (of := c.delta) is not None:
+            values |= {"ssm_conv_kernel": 4, "ssm_state_size": of.key_head_dim}
+            values |= {"ssm_group_count": of.num_key_heads}
+            values |= {"ssm_time_step_rank": of.num_value_heads}
+            values |= {"ssm_inner_size": of.num_value_heads * of.value_head_dim}
+            values |= {"full_attention_interval": c.grouped.windows.index(0) + 1}
+        elif windows := [*filter(None, c.grouped.windows)]:
             values["sliding_window"] = windows[0]
     if is_latent or c.family.scoring == "sigmoid":
         values["expert_gating_func"] = gguf.ExpertGatingFuncType[c.family.scoring.upper()]
