@@ -40,7 +40,7 @@ const [base, read] = await watched((asked) => {
   if (!asked.tools) return asked;
   const last = asked.messages.filter(({ role }) => role !== "system").at(-1);
   const told = JSON.stringify(last.content);
-  const name = told.includes("tool_result") ? null : told.match(/call (\w+)/)?.[1];
+  const name = told.includes("tool_result") ? null : told.match(/Please call (\w+)\./)?.[1];
   if (inputs[name]) return calling(name === "Picture" ? "Read" : name, inputs[name], read.length);
   return name ? { ...asked, tool_choice: { type: "tool", name } } : asked;
 });
@@ -73,7 +73,8 @@ const rows = (some) => some.map(({ prompt, cached }) => `${cached} of ${prompt}`
 const grows = (some) => {
   for (const [index, { status, cached }] of some.entries()) {
     assert.equal(status, 200);
-    assert(!index || cached >= some[index - 1].prompt - 1, rows(some));
+    // What began an answer is read again where that is empty: the client leaves it out.
+    assert(!index || cached >= some[index - 1].prompt - 8, rows(some));
   }
 };
 

@@ -413,8 +413,6 @@ def tool_policy(
         raise RefusedError(f"{name} can only be given with tools", name)
     if not functions or mode == "none":
         return None
-    if len(functions) > MAX_TOOLS:
-        raise RefusedError(f"tools has more than {MAX_TOOLS} items", "tools")
     names = set[str]()
     for function in functions:
         if function.name in names:

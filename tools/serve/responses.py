@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -36,7 +36,7 @@ _SUMMARIZE = (
     "Summarize this conversation for a model that goes on with it and reads nothing but your "
     "summary: what is wanted, what was done and found, what is left. Write the summary alone."
 )
-_USER = {"type": "message", "role": "user", "status": "completed"}
+_USER: Json = {"type": "message", "role": "user", "status": "completed"}
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
 _OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
@@ -61,31 +61,39 @@ class Item(requests.Fields):
 
 
 def _known(item: object) -> object:
-    """An item in the words of functions: as it is to the model.  Without a type it is a message."""
+    """An item as the model knows it: of functions alone.  Without a type it is a message."""
     if not isinstance(item, dict):
         return item
-    match item:
-        case {"type": "custom_tool_call", "input": str(text)}:
-            item = {**item, "type": "function_call", "arguments": json.dumps({"input": text})}
-        case {"type": "custom_tool_call_output"}:
-            item = {**item, "type": "function_call_output"}
-    match item:
-        case {"namespace": str(namespace), "name": str(name)}:
-            item = {**item, "name": f"{namespace}__{name}"}
-    return {**item, "type": item.get("type") or "message"}
+    kind, space = str(item.get("type") or "message"), item.get("namespace")
+    known = {} if space is None else {"name": f"{space}__{item.get('name')}"}
+    if kind == "custom_tool_call" and isinstance(text := item.get("input"), str):
+        known["arguments"] = json.dumps({"input": text})
+    return {**item, **known, "type": kind.replace("custom_tool", "function")}
+
+
+def _flat(tools: object) -> object:
+    """Each tool of a namespace is one of the request's."""
+    flat = list[object]()
+    for tool in tools if isinstance(tools, list) else ():
+        match tool:
+            case {"type": "namespace", "name": name, "tools": [*parts]}:
+                flat += [{**it, "namespace": name} if isinstance(it, dict) else it for it in parts]
+            case _:
+                flat.append(tool)
+    return flat if isinstance(tools, list) else tools
 
 
 class ClientTool(requests.Function):
     """A function, or what takes a text: to the model a function of one argument."""
 
     type: Literal["function", "custom"]
+    namespace: requests.Name | None = None
     format: Json | None = None  # of the text
-    _namespace: str | None = None
 
     @property
     def known(self) -> requests.Function:
         """As the model knows it."""
-        space = "" if self._namespace is None else f"{self._namespace}__"
+        space = "" if self.namespace is None else f"{self.namespace}__"
         known = self.model_copy(update={"name": space + self.name})
         if self.type == "custom":
             rules = [str(value) for value in (self.format or {}).values()]
@@ -93,12 +101,6 @@ class ClientTool(requests.Function):
             text = {"type": "object", "properties": {"input": {"type": "string"}}}
             known.parameters = {**text, "required": ["input"], "additionalProperties": False}
         return known
-
-    @property
-    def told(self) -> Json:
-        """Of a call, in the client's words."""
-        space = {} if self._namespace is None else {"namespace": self._namespace}
-        return {"name": self.name, **space}
 
 
 class OtherTool(requests.Fields):
@@ -112,20 +114,12 @@ class OtherTool(requests.Fields):
     ]  # fmt: skip
 
 
-class Namespace(requests.Fields):
-    type: Literal["namespace"]
-    name: requests.Name
-    description: requests.Description = ""
-    tools: list[ClientTool]
-
-    @model_validator(mode="after")
-    def _name_tools(self) -> "Namespace":
-        for tool in self.tools:
-            tool._namespace = self.name
-        return self
-
-
-Tool = Annotated[ClientTool | Namespace | OtherTool, Field(discriminator="type")]
+Tool = Annotated[ClientTool | OtherTool, Field(discriminator="type")]
+Tools = Annotated[
+    list[Tool],
+    Field(max_length=requests.MAX_TOOLS),
+    BeforeValidator(_flat, json_schema_input_type=list[Json]),
+]
 
 
 class TextConfig(requests.Fields):
@@ -156,9 +150,7 @@ class ResponsesRequest(requests.GenerationRequest):
     ]
     instructions: requests.Text | None = None
     max_output_tokens: Count | None = None
-    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = Field(
-        None, description="the model is offered those that the client runs"
-    )
+    tools: Tools | None = Field(None, description="the model is offered those that the client runs")
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
@@ -176,8 +168,7 @@ class ResponsesRequest(requests.GenerationRequest):
     @property
     def offered(self) -> list[ClientTool]:
         """The tools that the model may use."""
-        given = [(it.tools if isinstance(it, Namespace) else [it]) for it in self.tools or ()]
-        return [tool for tools in given for tool in tools if isinstance(tool, ClientTool)]
+        return [tool for tool in self.tools or () if isinstance(tool, ClientTool)]
 
     def chat(self) -> requests.Conversation:
         """Raises ``RefusedError``."""
@@ -274,14 +265,10 @@ async def compact(body: ResponsesRequest, request: Request, service: Serving) ->
     asked = replace(chat, messages=[*chat.messages, Message("user", _SUMMARIZE)])
     answers = await chat_answers(service, request, asked, body.options(), can_call=False)
     (update,) = await answers.whole()
-    output: list[Json] = [
-        {**_USER, "content": [{"type": "input_text", "text": message.text}]}
-        for message in chat.messages
-        if message.role == "user"
-    ]
+    said = [message.text for message in chat.messages if message.role == "user"]
+    output = [{**_USER, "content": [{"type": "input_text", "text": text}]} for text in said]
     output.append({"type": "compaction", "encrypted_content": _COMPACTED + update.text})
-    for item in output:
-        item["id"] = f"item_{uuid.uuid4().hex}"
+    output = [{"id": f"item_{uuid.uuid4().hex}", **item} for item in output]
     about: Json = {"id": f"resp_{uuid.uuid4().hex}", "object": "response.compaction"}
     about |= {"created_at": int(time.time()), "usage": _usage(answers)}
     return JSONResponse({**about, "output": output})
@@ -309,7 +296,6 @@ class Draft:
         repeated = {*_ECHOED} - {"reasoning"}
         given = body.model_dump(by_alias=True, exclude_none=True, include=repeated)
         given = {name: value for name, value in given.items() if value or name != "text"}
-        tools = [tool.model_dump() for tool in body.tools or () if not isinstance(tool, OtherTool)]
         self._tools = {tool.known.name: tool for tool in body.offered}
         self._events = 0
         self._answers, self._kind = answers, ""  # of the item that is open
@@ -325,7 +311,8 @@ class Draft:
             **_ECHOED,
             **{name: getattr(answers.service.sampling, name) for name in _OWN},
             **given,
-            **{"tools": tools, "output": self._output, "usage": None},
+            **{"tools": [tool.model_dump() for tool in body.offered]},
+            **{"output": self._output, "usage": None},
         }
 
     def event(self, kind: str, **content: object) -> str:
@@ -364,7 +351,8 @@ class Draft:
         kind, prefix, self._name, begun, self._part = _ITEMS[made]
         item: Json = {"id": f"{prefix}_{number}", "type": kind, "status": "in_progress", **begun}
         if tool is not None:
-            item |= {"call_id": f"call_{number}", **tool.told}
+            item |= {"call_id": f"call_{number}", "name": tool.name}
+            item |= {} if tool.namespace is None else {"namespace": tool.namespace}
         index = len(self._output)
         self._output.append(item)
         self._texts, self._scored = [], []
