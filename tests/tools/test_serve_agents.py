@@ -187,6 +187,7 @@ def test_deepseeks_own_fields(served):
 
 
 def test_what_is_not_served_is_said(served):
+    assert served.chat(model=None)[0] == 200  # the server has one
     for path, words in (
         ("/v1/embeddings", "no embeddings"), ("/api/embed", "no embeddings"),
         ("/v1/audio/speech", "reads and writes text"), ("/api/pull", "slotmoe run"),

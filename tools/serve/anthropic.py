@@ -198,7 +198,7 @@ class CountRequest(requests.Fields):
         "compaction": "a conversation is read whole",
         "mcp_servers": "the server calls no others",
     }
-    model: requests.Label
+    model: requests.Label | None = Field(None, description="the open one if null")
     messages: Annotated[list[Turn], requests.SOME]
     system: Content | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=requests.MAX_TOOLS)] | None = None

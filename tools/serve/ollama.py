@@ -29,7 +29,6 @@ _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
 class OllamaOptions(openai.OpenAIRequest):
     """Most say how to load a model, and are ignored."""
 
-    model: Label = ""
     n: Annotated[Literal[1] | None, Whole] = None
     repetition_penalty: openai.Repetition | None = Field(None, alias="repeat_penalty")
     num_predict: Annotated[int, Field(ge=-2), Whole] | None = None

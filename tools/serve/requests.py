@@ -140,7 +140,7 @@ class AnswerOptions:
 class GenerationRequest(Fields):
     """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
-    model: Label
+    model: Label | None = Field(None, description="the open one if null")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 is greedy")
     top_k: TopK = Field(None, description="-1 and 0 switch it off")

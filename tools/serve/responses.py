@@ -144,7 +144,6 @@ class ResponsesRequest(requests.GenerationRequest):
         "previous_response_id": _STATELESS,
         "prompt": "no prompts are stored here; send its text",
     }
-    model: Label | None = Field(None, description="the open one if null")  # type: ignore[assignment]
     input: TextOr[
         requests.Text, Annotated[list[Annotated[Item, BeforeValidator(_known)]], requests.SOME]
     ]
