@@ -19,12 +19,10 @@ from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event
 from slotmoe.offload.machine import Gpu, device_index, visible_gpu
 from slotmoe.quant.backends import lacking
 from slotmoe.quant.backends.base import Empty
-from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.system import hold
 
 _KINDS = 16  # of small tensors whose page-locked RAM waits for the next ones
 _MAILBOX_BYTES = 8 << 20  # of a token's small tensors, many times
-MIN_CAPABILITY = 7, 0
 # The oldest driver for each major version of CUDA (NVIDIA's CUDA Compatibility), and the newest
 # torch that pip gives for it.
 _DRIVERS = ((580, 13, "torch"), (525, 12, "'torch<2.11'"))
@@ -248,9 +246,9 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
 
-def judge_gpu(index: int, strictly: bool) -> tuple[str, str, str]:
-    """The name of GPU ``index`` in CUDA's order, empty if none is visible, why it is not used, and
-    what mends that; ``strictly``: nor where only plain torch would serve it."""
+def judge_gpu(index: int) -> tuple[str, str, str]:
+    """The name of GPU ``index`` by CUDA's order, empty if none is seen, why it can't be used, and
+    what mends that."""
     version, built = f"torch {torch.__version__}", torch.version.cuda or ""
     try:
         if not built:
@@ -269,13 +267,15 @@ def judge_gpu(index: int, strictly: bool) -> tuple[str, str, str]:
         gpu = visible_gpu(index)
         mend = fitting_torch(gpu, built)
         return gpu.name if gpu else "", f"{version} can't use CUDA: {told}", mend
-    age, known = "its compute capability is {}.{}".format(*capability), torch.cuda.get_arch_list()
-    if capability < MIN_CAPABILITY:
-        return name, f"{age}, torch and slotmoe need 7.0", "the CPU computes"
-    if not any(_runs(architecture, capability) for architecture in known):
-        reason = f"{age}, for which {version} has no kernels (it has {', '.join(known)})"
-        return name, reason, fitting_torch(visible_gpu(index))
-    return name, *(lacking(capability) if strictly else ("", ""))
+    reason, mend = lacking(capability)
+    known = torch.cuda.get_arch_list()
+    if not reason and not any(_runs(architecture, capability) for architecture in known):
+        age = "{}.{}".format(*capability)
+        reason = (
+            f"{version} has no kernels for compute capability {age} (it has {', '.join(known)})"
+        )
+        mend = fitting_torch(visible_gpu(index))
+    return name, reason, mend
 
 
 def fitting_torch(gpu: Gpu | None, built: str = "") -> str:
@@ -306,13 +306,12 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 def choose_device(
     wanted: str, make: Callable[[int], Device] = CudaDevice, notify: Callable[[str], object] = str
 ) -> tuple[Device, str]:
-    """The device that computes, and why: ``auto`` takes no GPU that only plain torch would serve.
-    ``notify`` gets a line where a GPU is there that it does not take.  Raises ``ConfigError`` if
-    a GPU is ``wanted`` in vain."""
+    """The device that computes, and why.  ``notify`` gets a line where a GPU is there that ``auto``
+    does not take.  Raises ``ConfigError`` if a GPU is ``wanted`` in vain."""
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"
-    name, reason, mend = judge_gpu(index, wanted == "auto" and bindings.load() is not None)
+    name, reason, mend = judge_gpu(index)
     if reason and wanted != "auto":
         raise ConfigError(f"device {wanted}: {reason}; {mend}; or use --device cpu")
     if reason:
@@ -325,7 +324,7 @@ def choose_device(
 def gpu_report(index: int) -> Json:
     """Of GPU ``index``: its ``name``, the ``reason`` why ``auto`` would not take it, what would
     ``mend`` that, and the bytes that are ``free`` of it."""
-    name, reason, mend = judge_gpu(index, strictly=True)
+    name, reason, mend = judge_gpu(index)
     if not reason:
         try:
             importlib.import_module("triton")

@@ -32,7 +32,7 @@ def pick_backend(
     says how many threads compute.  Raises ``ConfigError``.
     """
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
-        return _triton_ops(device, activation, required=choice == "triton")
+        return _triton_ops(device, activation)
     native = bindings.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
         return TorchBackend(torch.float32 if device.type == "cpu" else torch.bfloat16, activation)
@@ -57,7 +57,7 @@ def lacking(capability: tuple[int, int] | None) -> tuple[str, str]:
     if capability < KERNELS_CAPABILITY:
         least, own = (".".join(map(str, pair)) for pair in (KERNELS_CAPABILITY, capability))
         reason = f"its compute capability is {own}, slotmoe's kernels need {least}"
-        return reason, "the CPU computes; --device cuda takes it through plain torch, slower"
+        return reason, "the CPU computes"
     if Path(str(found.origin)).with_name("runtime").joinpath("tcc").is_dir():
         return "", ""  # triton-windows brings a compiler and headers
     compilers = os.environ.get("CC"), *map(shutil.which, ("gcc", "clang", "cc"))
@@ -88,7 +88,7 @@ def _compile_problem(compiler: str, headers: Path) -> str:
         return f"{lines[0]:.200}" if run.returncode else ""
 
 
-def _triton_ops(device: torch.device, activation: Activation, required: bool) -> TorchBackend:
+def _triton_ops(device: torch.device, activation: Activation) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux, and for Windows apart.  Only this imports
     it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -101,8 +101,4 @@ def _triton_ops(device: torch.device, activation: Activation, required: bool) ->
             return ops
         only = "on a CPU they run only under Triton's interpreter, for tests"
         reason, mend = only, "set TRITON_INTERPRET=1"
-    if required:
-        raise ConfigError(f"kernels triton: {reason}; {mend}; or use kernels torch")
-    plain = TorchBackend(torch.bfloat16, activation)
-    plain.name = f"torch, since {reason}"
-    return plain
+    raise ConfigError(f"kernels triton: {reason}; {mend}; or use kernels torch")

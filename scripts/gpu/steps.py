@@ -71,7 +71,7 @@ def facts(dry: bool) -> Found:
     from slotmoe.offload.devices.cuda import judge_gpu
     from slotmoe.offload.machine import instruction_set
 
-    engines, (name, reason, _) = ctypes.c_int(0), judge_gpu(0, strictly=False)
+    engines, (name, reason, _) = ctypes.c_int(0), judge_gpu(0)
     if not reason:
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuInit(0)

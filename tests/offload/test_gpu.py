@@ -173,14 +173,10 @@ def test_runtime_tells_its_device_and_measures_a_link(on_twin, sample_export, mo
         Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
 
 
-def test_bench_tells_the_links_bytes_and_bound(on_twin):
+def test_bench_measures_all_that_plan_can_know_of_a_gpu(on_twin):
     with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
         runtime.warm()
-        report = measure(runtime, 20, 10, 0, 2)
-        link, kept = report["link"], calibration(Lasting(runtime.model), report)
-    missing = link["missing_bytes_per_token"]
-    assert missing == link["copied_bytes_per_token"] > 0 == link["computed_bytes_per_token"]
-    assert link["decode_tokens_per_second"] == pytest.approx(link["pcie"] / missing)
+        kept = calibration(Lasting(runtime.model), measure(runtime, 20, 10, 0, 1))
     assert {*kept} == {*MEASURED} and all(value > 0 for value in kept.values())
 
 

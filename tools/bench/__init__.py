@@ -68,7 +68,7 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
     if calibrate:
         figures = calibration(closed, report)
         (path := cache_folder() / "machine.json").unlink(missing_ok=True)  # of another day
-        gpu = None if report["link"] is None else report["settings"]["device"]
+        gpu = report["settings"]["device"] if report["link"] else None
         store_bandwidths(path, gpu, **figures)
     given = {key: value for key, value in options.items() if value is not None}
     report["settings"] = {"model": model, **given, **report["settings"]}
@@ -100,22 +100,12 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         f"A token touches {', '.join(touched)}; "
         f"memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.",
     ]
-    if link is not None:
-        missing, copied, computed = (
-            f"{link[f'{name}_bytes_per_token'] / 1e6:.0f}"
-            for name in ("missing", "copied", "computed")
+    if link:
+        pcie, busy, experts = (
+            f"{link[name] / 1e9:.1f}" for name in ("pcie", "pcie_busy", "experts")
         )
-        lines.append(
-            f"The link to the GPU gives {link['pcie'] / 1e9:.1f} GB/s, "
-            f"{link['pcie_busy'] / 1e9:.1f} while the CPU computes experts at "
-            f"{link['experts'] / 1e9:.1f}. A token misses {missing} MB; "
-            f"{copied} were copied and {computed} computed by the CPU."
-        )
-        if "decode_fraction" in link:
-            lines.append(
-                f"Copying all that is missing allows {link['decode_tokens_per_second']:.1f} "
-                f"tokens/s: {link['decode_fraction']:.0%} of that."
-            )
+        both = f"{busy} while the CPU computes experts at {experts}"
+        lines.append(f"The link to the GPU gives {pcie} GB/s, {both}.")
     if disk is not None:
         lines.append(
             f"Decoding read {disk['bytes_per_token'] / 1e6:.0f} MB a token from disk at "

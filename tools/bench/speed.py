@@ -74,9 +74,9 @@ def calibration(closed: observed.Lasting, report: dict[str, Any]) -> dict[str, f
     disk = known["bandwidth"] if known is not None else sum(observed.drive_bandwidths(export))
     bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
     cores, fast = core_rates(closed), report["ceiling"]["read_bandwidth"]
-    if (link := report["link"]) is not None:
-        bandwidths |= {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
-        bandwidths["gpu"], fast = fast, observed.ram_bandwidth(closed.cpu)
+    if link := report["link"]:
+        bandwidths |= link | {"gpu": fast}
+        fast = observed.ram_bandwidth(closed.cpu)
     share = min(1.0, cores.pop("all_bytes") / fast) if cores else Bandwidths.share
     return bandwidths | cores | {"ram": fast, "share": share}
 
@@ -146,10 +146,10 @@ def measure(
         return prompt_tokens / prefill_seconds(runtime, ids(prompt_tokens))
 
     def decode() -> float:
-        before = _moved(runtime)
+        before = runtime.stats()["io"]["disk"]["bytes"]
         seconds = sum(token_seconds(runtime, ids(decode_tokens), depth))
-        moved.update({name: size - before[name] for name, size in _moved(runtime).items()})
-        moved.update({"seconds": seconds, "tokens": decode_tokens})
+        read = runtime.stats()["io"]["disk"]["bytes"] - before
+        moved.update({"disk": read, "seconds": seconds, "tokens": decode_tokens})
         return decode_tokens / seconds
 
     prefill_seconds(runtime, ids(8))  # first-use costs: thread pools, page faults of scratch memory
@@ -179,7 +179,7 @@ def measure(
         "decode_milliseconds": components,
         "settings": settings,
         "disk": _disk(runtime, moved),
-        "link": _link(runtime, moved, speed),
+        "link": observed.link_bandwidths(runtime.model),
         **{key: stats[key] for key in _COUNTERS if key in stats},
     }
 
@@ -194,17 +194,6 @@ def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float
     spent["waiting for disk"] = runtime.stats()["wait_seconds"] - waited
     spent["Python and torch"] = total - sum(spent.values())
     return {name: 1000 * part / len(ids) for name, part in spent.items()}
-
-
-def _moved(runtime: Runtime) -> dict[str, Any]:
-    """Bytes that have come from disk, been copied to a GPU (in how many seconds) and been computed
-    with by the CPU instead, and bytes of all experts that were in no slot when a gate chose them,
-    not even in a free one."""
-    stats = runtime.stats()
-    host = stats["io"].get("host", {"bytes": 0, "seconds": 0.0, "lent_bytes": 0})
-    missing = (stats["cache"]["misses"] - stats["cache"]["reclaimed"]) * runtime.plan.record_bytes
-    counts = {"disk": stats["io"]["disk"]["bytes"], "missing": missing, "copied": host["bytes"]}
-    return {**counts, "copying": host["seconds"], "computed": host["lent_bytes"]}
 
 
 def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
@@ -223,18 +212,3 @@ def compare_disk(closed: observed.Lasting, disk: dict[str, Any] | None) -> None:
         disk |= {"bandwidth": sum(each), "fraction": disk["bytes_per_second"] / sum(each)}
         for drive, bandwidth in zip(disk["drives"], each, strict=True):
             drive["bandwidth"] = bandwidth
-
-
-def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, float] | None:
-    """What decoding sent over the link to a GPU, beside the link's own speed, and the bound that it
-    sets: every missing byte, copied.  None without a GPU."""
-    rates = observed.link_bandwidths(runtime.model)
-    if not rates:
-        return None
-    sizes = {name: moved[name] / moved["tokens"] for name in ("missing", "copied", "computed")}
-    link = {f"{name}_bytes_per_token": size for name, size in sizes.items()}
-    link |= {"copy_seconds_per_token": moved["copying"] / moved["tokens"], **rates}
-    if sizes["missing"]:
-        bound = rates["pcie"] / sizes["missing"]
-        link |= {"decode_tokens_per_second": bound, "decode_fraction": speed / bound}
-    return link
