@@ -134,8 +134,7 @@ def _by_routes(fields: Json) -> Iterator[str]:
 
 def _attention(family: Family) -> Iterator[str]:
     yield family.attention
-    yield "delta rules in most layers" * family.delta
-    yield "output gate" * family.output_gate
+    yield "delta rules" * family.delta
     yield "sparse" * family.indexed
     yield "queries grow with position" * family.query_scaling
     yield "sinks" * family.sinks
