@@ -32,6 +32,8 @@ class Marks(NamedTuple):
     most: int = 8
     ends: int = 4
     early: int = 0
+    nbytes: int = 0  # of one, and what is there without, where that is not but a few rows
+    constant: int = 0
 
     def between(self, start: int, end: int) -> range:
         """Those behind ``start``, up to ``end``, that are no text's."""

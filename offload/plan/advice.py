@@ -423,12 +423,16 @@ def predicted_components(
     """Name -> tier -> bytes at a run's peak: the plan, less what a short prompt or text spares."""
     components = by_name(plan)
     step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
+    marks, cache = plan.marks, components["KV cache"]
+    made = min(marks.ends + marks.most, prompt_tokens // marks.tokens + 2)  # 2 where texts end
+    cache[plan.tier] -= marks.constant + (marks.ends + marks.most) * marks.nbytes
     for name, part, whole in (
         ("KV cache", min(prompt_tokens + new_tokens, plan.context), plan.context),
         ("prefill scratch", step, PREFILL_CHUNK),
         ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
     ):
         components[name][plan.tier] = components[name][plan.tier] * part // whole
+    cache[plan.tier] += marks.constant + made * marks.nbytes
     return components
 
 

@@ -148,9 +148,11 @@ def choose_marks(config: Config, budget: int, sequences: int) -> Marks:
     as a 32nd of the budget holds, 4 to 8, the last half of them of texts' ends."""
     if config.delta is None:
         return MARKS
-    size = sum(kept.regular * kept.last for kept in _kept(config, "native", 2) if not kept.ratio)
+    kept = [kept for kept in _kept(config, "native", 2) if not kept.ratio]
+    size, rest = sum(one.regular * one.last for one in kept), Marks(most=0, ends=0)
     most = min(8, max(4, budget // 32 // sequences // size))
-    return Marks(MARKED_TOKENS, most, most // 2, early=1)
+    constant = sum(one.nbytes(0, rest) for one in kept)
+    return Marks(MARKED_TOKENS, most, most // 2, 1, size, constant)
 
 
 def choose_context(config: Config, wanted: int | None) -> int:

@@ -123,6 +123,7 @@ KERNELS = {
     "reference": plain_row,
 }
 NAMES = ("v2", "v3.2", "glm-5", "v4-flash", "v4-pro", "qwen3-30b-a3b", "gpt-oss-20b")
+NAMES += ("qwen3.6-35b-a3b",)
 NAMES += ("qwen3-next-80b-a3b", "qwen3.6-35b-a3b")
 
 
@@ -321,6 +322,19 @@ def test_predictions(name, size, options, setting, prefill, decode):
     speeds = found.prefill_tokens_per_second, found.decode_tokens_per_second
     assert speeds == pytest.approx((prefill, decode), rel=1e-4)
     assert advice.predicted_components(plan, 1 << 20, 0) == advice.by_name(plan)
+
+
+def test_a_prediction_counts_what_no_shorter_text_spares():
+    """Of delta rules the states, and copies of them where texts end and every 1,024 tokens."""
+    config = geometry("qwen3.6-35b-a3b")
+    plan = plan_of(config, 8 * GIB, context=2048)
+    make = lambda shape, dtype: empty(*shape, dtype=dtype)  # noqa: E731
+    state = new_state(config, 2048, KERNELS["native"], make, plan.marks)
+    state.begin(2048)
+    held = state.used_bytes + 4 * state.snapshot_bytes(2047)
+    predicted = advice.predicted_components(plan, 2048, 0)["KV cache"]["ram"]
+    assert predicted == pytest.approx(held, rel=1e-4)
+    assert plan.marks.most == 4 and plan_of(config, 32 * GIB).marks.most == 8
 
 
 RECKONED = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text().split("```text\n")[1]
