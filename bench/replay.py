@@ -20,8 +20,9 @@ import numpy as np
 from bench import turns
 from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
+from slotmoe.offload.observe import TraceStep
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import FEATURES, Array, Cache, TraceStep, make_cache
+from slotmoe.offload.policy.cache import FEATURES, Array, Cache, make_cache
 from slotmoe.tools.options import EXISTING, option
 
 OPTIMUM = "optimum"

@@ -14,6 +14,7 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError
 from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
+from slotmoe.quant.kernels.cpu.bindings import load
 
 _SCORED = Struct("<if")  # an id and its log-probability, float32 as logits are
 _FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
@@ -61,9 +62,15 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """One id by float32 CPU logits: the likeliest at temperature 0, else by one random number."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
+    number, native = torch.rand(1, dtype=torch.float64, generator=generator), load()
+    if native is not None:  # it knows when it may give another id than what follows
+        limits = sampling.top_p, min(sampling.top_k, len(logits_V)), sampling.min_p
+        chosen = native.choose(logits_V, sampling.temperature, *limits, float(number))
+        if (id := int(chosen)) >= 0:
+            return id
     ids, weights = candidates(logits_V, sampling)
     sums = weights.cumsum(dim=-1)
-    mark = torch.rand(1, dtype=torch.float64, generator=generator) * sums[-1]
+    mark = number * sums[-1]
     # Below the whole sum even where the product was rounded up, so never past the last candidate.
     mark = mark.minimum(sums[-1:].nextafter(torch.zeros_like(mark)))
     return int(ids[torch.searchsorted(sums, mark, right=True)])

@@ -36,8 +36,8 @@ from slotmoe.offload.ingest.cached import cached_export, resolve_model
 from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import is_hub_id
+from slotmoe.offload.observe import TraceWriter
 from slotmoe.offload.plan.memory import or_more_context
-from slotmoe.offload.policy.cache import TraceWriter
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.system import peak_rss
@@ -376,13 +376,16 @@ class Runtime(AbstractContextManager["Runtime"]):
         """CPU threads in use."""
         return self.model.cpu.threads
 
-    def warm(self, progress: Progress | None = None) -> None:
-        """Fill the free expert slots by layer: what follows is measured without first reads."""
-        self.engine.call(partial(self.model.experts.fill, informs(progress or ignore)))
+    def warm(self, progress: Progress | None = None, wait: bool = True) -> None:
+        """Fill the free expert slots by layer, below a GPU RAM first: what follows is measured
+        without first reads.  Without ``wait`` that goes on behind all else, texts included."""
+        experts = self.model.experts
+        fill = partial(experts.fill, informs(progress or ignore))
+        self.engine.call(fill if wait else experts.start_filling)
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:
-        ``slotmoe.offload.policy.cache``), until ``close``."""
+        ``slotmoe.offload.observe``), until ``close``."""
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)

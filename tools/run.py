@@ -57,6 +57,7 @@ def command(
         open_session(given, "chat" if arguments["chat"] else "text") as session,
         options.open_runtime(model, given, quiet=as_json) as runtime,
     ):
+        runtime.warm(wait=False)
         go_on(session, runtime, given["session_limit"], options.notifier(as_json))
         if given["trace"] is not None:
             runtime.trace(given["trace"])

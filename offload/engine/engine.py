@@ -33,6 +33,7 @@ from slotmoe.system import bind
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
+_FILL_SECONDS = 0.005  # after which an idle engine looks what has come to fill slots
 _FORKED = (
     "this Runtime was opened before the process forked, and its threads stayed behind: open the "
     "model in the child"
@@ -216,11 +217,13 @@ class Engine:
                 return False
             if self._calls or self.batch.running or self.batch.waiting:
                 return True
+            fills = self.model.experts.fill_behind(idle=True)
             try:
-                self._sort(self._inbox.get(timeout=patience))
+                self._sort(self._inbox.get(timeout=_FILL_SECONDS if fills else patience))
             except Empty:
-                give_back_memory()
-                patience = None
+                if not fills:
+                    give_back_memory()
+                    patience = None
 
     def _receive(self) -> list[Request]:
         """Take what has come in; the requests of it."""

@@ -51,6 +51,7 @@ from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.codecs.weight import Weight
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.quant.shapes import TABLE
 from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.state import SequenceState, plain_row
@@ -415,7 +416,8 @@ class _Loader:
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
         asked = self._options.cache_policy or DEFAULT_POLICY
         policy = asked if slots < layers * experts else "lru"
-        return make_cache(policy, slots, layers, experts)
+        native = load() if self._options.kernels == "auto" else None
+        return make_cache(policy, slots, layers, experts, native)
 
     def _experts(self, export: Export, store: Store, weights: dict[str, Prepared]) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError, SlotmoeError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.experts.store import DEMAND, Read
+from slotmoe.offload.experts.store import DEMAND, FILL, Read
 from slotmoe.offload.plan.memory import HELP_BYTES
 from slotmoe.quant.export.reader import Export
 
@@ -37,21 +37,21 @@ class Meter:
     """Bytes that were read, and the seconds in which something was being read."""
 
     def __init__(self) -> None:
-        self.bytes, self._seconds, self._running, self._since = 0, 0.0, 0, 0.0
+        self.bytes, self._seconds, self.running, self._since = 0, 0.0, 0, 0.0
 
     def begin(self) -> None:
-        if self._running == 0:
+        if self.running == 0:
             self._since = time.perf_counter()
-        self._running += 1
+        self.running += 1
 
     def end(self) -> None:
-        self._running -= 1
-        if self._running == 0:
+        self.running -= 1
+        if self.running == 0:
             self._seconds += time.perf_counter() - self._since
 
     @property
     def seconds(self) -> float:
-        return self._seconds + (time.perf_counter() - self._since if self._running else 0.0)
+        return self._seconds + (time.perf_counter() - self._since if self.running else 0.0)
 
 
 class Drive:
@@ -263,6 +263,9 @@ class DiskReader:
             if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
+            # A demand that comes meanwhile finds threads that are free.
+            if urgency == FILL and self._meter.running >= len(self._threads) / 2:
+                return None
             if not self.drives.takes(drive, self._waiting):
                 return None
             start, read.taken = read.taken, min(read.taken + self._piece, total)

@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a tok
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Timer
-from slotmoe.errors import informs
+from slotmoe.errors import SlotmoeError, informs
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.experts.ahead import Lookahead
@@ -127,6 +128,7 @@ class Experts:
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = 0
+        self._fills = False  # whether free slots are being filled
         self.timer: Timer | None = None
 
     def on_layer(self, listener: OnLayer, inputs: bool = False) -> Callable[[], None]:
@@ -146,7 +148,7 @@ class Experts:
 
     @property
     def misses(self) -> str:
-        """How a missing expert is computed, as ``choose_mode`` says."""
+        """How a missing expert is computed, as ``Split`` says."""
         return "fetch" if self.hybrid is None else self.hybrid.split.mode
 
     # The network's side
@@ -166,6 +168,7 @@ class Experts:
             self.slots.advance(tokens)
             if self.hybrid is not None:
                 self.hybrid.host.advance(tokens)
+            self.fill_behind()
         self._apart = sequences > 1
         self.go_on(tokens)
         if self.lookahead is None:
@@ -248,13 +251,15 @@ class Experts:
         work = LayerWork(moe_layer, uses, newest, self._kept(moe_layer, len(indices)))
         work.reads, work.later = reads, fetched[slots.staging :]
         work.cached = [] if device.queues else [id for id in uses if id in cached]
+        if hybrid is not None and computes:
+            hybrid.begin(download.others()[0], chosen, computed)
+            if not work.many:  # the CPU is at work now, and the link; all else can wait for that
+                self._compute(work, y_TKD)
         if missing or (work.many and not slots.complete):
             store.held_N[list(newest)] = True
             if work.many:
                 store.held_N[work.cached] = True
                 store.held_N[work.kept.start : work.kept.stop] = True
-        if hybrid is not None and computes:
-            hybrid.begin(download.others()[0], chosen, computed)
         if self._listeners:
             hits, behind = len(uses) - len(missing), self._pass.seen - len(indices)
             self._tell(Route(moe_layer, indices, hits, len(missing), coming, x_TD, behind))
@@ -264,6 +269,8 @@ class Experts:
         self._cache.use_chunk(
             moe_layer, indices, self._pass.later, seen_TD
         )  # the disk is at work by now
+        if hybrid is not None:
+            hybrid.host.note_uses()
         if self.timer is not None:
             self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
@@ -310,17 +317,22 @@ class Experts:
                 ready, work.cached = _first(work.cached, work.uses)
                 yield self._group(work.moe_layer, used + ready)
                 self._make_room(work, used, ready)
-            elif arrived := [read for read in acquired if read.done]:
-                assert hybrid is not None
-                ready, _ = _first([read.expert_id for read in arrived], work.uses)
-                hybrid.compute(arrived[: len(ready)], work.moe_layer, y_TKD)
-                if self.timer is not None:
-                    self.timer.mark("experts")
-            else:
+            elif not self._compute(work, y_TKD):
                 self.look()  # a layer may have many experts to wait for
                 slots.wait([*work.reads, *acquired])
                 if self.timer is not None:
                     self.timer.mark("waiting for disk")
+
+    def _compute(self, work: LayerWork, y_TKD: Tensor) -> bool:
+        """Let the CPU compute what has arrived of its part; whether there was anything."""
+        hybrid = self.hybrid
+        if hybrid is None or not (arrived := [read for read in hybrid.host.acquired if read.done]):
+            return False
+        ready, _ = _first([read.expert_id for read in arrived], work.uses)
+        hybrid.compute(arrived[: len(ready)], work.moe_layer, y_TKD)
+        if self.timer is not None:
+            self.timer.mark("experts")
+        return True
 
     def _note_idle(self, work: LayerWork) -> None:
         """From when all demands are met until the next gate, only guesses are to be read."""
@@ -390,19 +402,44 @@ class Experts:
 
     # The runtime's side
 
+    def start_filling(self) -> None:
+        """Read experts in order of layer from now on, behind all else, until no slot is free.  They
+        are worth nothing until they are used, so where not all fit they are the first to leave; and
+        a layer that is whole lets the next pass go through."""
+        self._fills = True
+
+    def fill_behind(self, idle: bool = False) -> bool:
+        """Go on with that; whether more is to come.  What fails ends it: who needs that hears."""
+        with suppress(SlotmoeError, OSError):
+            self._fill(idle)
+            return self._fills
+        self._fills = False
+        return False
+
+    def _fill(self, idle: bool) -> list[Read]:
+        """What is on its way to fill slots, and below a GPU RAM before those.  Copies to a GPU wait
+        for each other, so they are made while it is idle."""
+        reads = None
+        if self._fills and self.hybrid is not None:
+            reads = self.hybrid.host.fill()
+        if self._fills and reads is None and (idle or not self._device.queues):
+            reads = self.slots.fill()
+            self._fills = reads is not None
+        return reads or []
+
     def fill(self, progress: Callable[[int, int], None]) -> None:
-        """Read experts in order of layer until no slot is free, and below a GPU until the RAM is
-        full; ``progress(done, total)`` in bytes of slots."""
-        size, ids = self.slots.slab.shape[1], range(len(self._layers) * self._cache.experts)
-        total = self.slots.planned * size
-
-        def done() -> None:
-            self.look()
-            progress(len(self._cache) * size, total)
-
-        self.slots.fill(ids, done)
-        if self.hybrid is not None:
-            self.hybrid.host.fill(ids, self.look)
+        """``start_filling``, and wait for its end; ``progress(done, total)`` in bytes of slots."""
+        size = self.slots.memory().nbytes // len(self.slots.slab)
+        self.slots.advance(0)  # what a pass has left in staging takes room
+        self.start_filling()
+        try:
+            while self._fills:
+                if reads := self._fill(idle=True):
+                    self.slots.any_of(reads)
+                self.look()
+                progress(len(self._cache) * size, self.slots.planned * size)
+        finally:
+            self._fills = False
 
     def stats(self) -> Json:
         """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -28,13 +28,13 @@ from slotmoe.offload.experts.store import (
     ARRIVED,
     CACHED,
     DEMAND,
+    FILL,
     FREE,
     LEAVING,
     READING,
     ExpertStore,
     Read,
     Slot,
-    read_each,
 )
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
@@ -63,6 +63,8 @@ class HostTier:
         self._device, self._lock = device, threading.Lock()
         self._copying: deque[tuple[Event, Slot]] = deque()  # in their order
         self.acquired: dict[Read, Slot] = {}
+        self._filling = list[Read]()
+        self._uses = list[int]()  # that the cache has not heard of
         self.pinned = Pinning(self.slab, device)
         self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
         self._disk = disk = DiskReader(export, direct)
@@ -83,14 +85,22 @@ class HostTier:
         return read
 
     def submit(self, reads: Iterable[Read]) -> None:
-        """Start what has to come from the disk.  The cache hears of the uses: copies from RAM have
-        been queued, which were not to wait for that."""
+        """Start what has to come from the disk.  The cache hears of the uses later, by
+        ``note_uses`` or before it judges: what is computed does not wait for that."""
         reads = list(reads)
         self._disk.submit(reads)
         with self._lock:
-            self._collect()
-            for read in reads:
-                self.cache.use(read.expert_id)
+            self._uses += [read.expert_id for read in reads]
+
+    def note_uses(self) -> None:
+        """The cache hears of what was submitted."""
+        with self._lock:
+            self._hear()
+
+    def _hear(self) -> None:
+        for expert_id in self._uses:
+            self.cache.use(expert_id)
+        self._uses.clear()
 
     def acquire(self, expert_id: int) -> Read:
         """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""
@@ -121,28 +131,35 @@ class HostTier:
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins."""
         with self._lock:
+            self._hear()
             self._collect()
             self.cache.advance(tokens)
 
-    def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
-        """Read experts that are not cached into free room, and wait; ``done()`` after each."""
-        absent = [expert_id for expert_id in expert_ids if expert_id not in self.cache]
-        room, computed = self.cache.slots - len(self.cache), self.bytes_acquired
+    def fill(self) -> list[Read] | None:
+        """Go on reading experts into free room, behind all else: what is on its way for that, None
+        when the RAM is full.  This does not wait.  Raises what made a read fail."""
+        failed = next((read.error for read in self._filling if read.error is not None), None)
+        self._filling = [read for read in self._filling if not read.done]
+        if failed is not None:
+            raise failed
+        new = list[Read]()
+        with self._lock:
+            self._collect()
+            while len(self._filling + new) < LENT and (id := self.store.to_fill()) is not None:
+                slot = self.store.take(id)
+                slot.read = read = Read(id, FILL, slot.record.numpy().data)
+                read.after = partial(self._filled, slot)
+                new.append(read)
+            is_full = self.store.full()
+        self._disk.submit(new)
+        self._filling += new
+        return self._filling if self._filling or not is_full else None
 
-        def begin(expert_id: int) -> Read:
-            read = self.acquire(expert_id)
-            self.submit([read])
-            return read
-
-        try:
-            for read in read_each(self.wait, absent[:room], LENT, begin):
-                self.release(read)
-                if read.error is not None:
-                    raise read.error
-                done()
-        finally:
-            self.release_all()
-            self.bytes_acquired = computed
+    def _filled(self, slot: Slot, arrived: bool) -> None:
+        """What was to fill a slot is in RAM, if it has ``arrived``."""
+        self._arrived(slot, arrived)
+        with self._lock:
+            self._put_back(slot, arrived and not self.store.full())
 
     def bandwidth(self) -> float:
         """Bytes a second at which records come, by what share of them was in RAM so far."""
@@ -156,6 +173,7 @@ class HostTier:
         bytes of records that the CPU computed with, hits and misses in RAM, bytes of it that are
         page-locked, in how many seconds, and whether that is all that is filled."""
         with self._lock:
+            self._hear()
             self._collect()
         counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
         counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self.pinned.refused}
@@ -231,6 +249,7 @@ class HostTier:
         elif not arrived or slot.expert in self.cache:  # the record was read twice at once
             self.store.move(slot, FREE)
         else:
+            self._hear()
             self.store.admit(slot)
             if len(self.cache) == self.cache.slots:
                 self.pinned.rest()

@@ -5,7 +5,7 @@ record counts as present only when its last byte has arrived and its checksum is
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -23,14 +23,15 @@ from slotmoe.offload.experts.store import (
     ARRIVED,
     CACHED,
     DEMAND,
+    FILL,
     FREE,
     READING,
     STALE,
     ExpertStore,
     Read,
     Slot,
-    read_each,
 )
+from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.quant.backends.base import Prepared, Records
 
@@ -70,6 +71,7 @@ class Slots:
         total = min(cache.slots + staging, self._all)
         self.slab = device.empty((total, size), torch.uint8)
         self._source, self._device, self.cache = source, device, cache
+        self.any_of = source.wait  # blocks until one of some reads is done
         self.staging, self._reserve = staging, reserve
         self.wait_seconds, self.reclaimed = 0.0, 0
         self.planned, self._touched = cache.slots, 0
@@ -113,8 +115,9 @@ class Slots:
         """A pass over more tokens begins.  What the last one has left in staging is given up."""
         self.store.held_N.fill(False)
         if self.store.staged:
-            for slot, _ in self.store.coming():
-                self._give_up(slot)
+            for slot, read in self.store.coming():
+                if read.urgency != FILL or self._device.queues:
+                    self._give_up(slot)
         self.cache.advance(tokens)
 
     def release(self) -> None:
@@ -184,26 +187,34 @@ class Slots:
     def admit_guesses(self) -> None:
         """Let the cache admit what was read ahead and has arrived."""
         for slot, read in self.store.coming():
-            if read.urgency > DEMAND and read.arrived and read.error is None:
+            if DEMAND < read.urgency < FILL and read.arrived and read.error is None:
                 self.take([read])
                 self.admit(slot.expert, must=True)
 
-    # Between passes
-
-    def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
-        """Read experts into the cache's free room, and wait; ``done()`` after each."""
-        self._finish_growing()
-        for slot, _ in self.store.coming():
-            self._give_up(slot)
-        absent = [id for id in expert_ids if id not in self.cache][: self.room()]
-        reads = read_each(self._source.wait, absent, self.staging, lambda id: self.demand([id])[0])
-        try:
-            for read in reads:
+    def fill(self) -> list[Read] | None:
+        """Go on reading experts into free room, behind all else: what is on its way for that, None
+        when no slot is free.  This does not wait.  Raises what made a read fail."""
+        self.store.collect()
+        coming = [(slot, read) for slot, read in self.store.coming() if read.urgency == FILL]
+        for slot, read in coming:
+            self._grow()
+            if self.store.full():
+                self._give_up(slot)
+            elif read.done:
                 self.take([read])
-                self.store.move(self.store.of[read.expert_id], CACHED)
-                done()
-        finally:
-            self.release()
+                self.store.move(slot, CACHED)
+        reads, new = [read for slot, read in coming if slot.state is READING], list[Read]()
+        room = self.room()
+        # A demand's copy waits for the one that is under way, so it is never more than one.
+        most = 1 if self._device.queues else LENT
+        while room and len(reads) < most and (expert_id := self.store.to_fill()) is not None:
+            slot = self._begin(expert_id, FILL, new)
+            assert slot.read is not None
+            reads.append(slot.read)
+        self._source.submit(new)
+        return reads if reads or self._touching is not None or not self.store.full() else None
+
+    # Between passes
 
     def memory(self) -> Tensor:
         """All slots as one, uint8, with all its pages."""
@@ -321,5 +332,6 @@ def resident_slots(config: Config, device: Device) -> Slots:
     layers, experts = len(config.moe_layers), config.n_routed_experts
     cache = make_cache("lru", layers * experts, layers, experts)
     slots = Slots(_InMemory(), cache, 1, 0, 1, device)  # a byte stands for an expert
-    slots.fill(range(layers * experts), lambda: None)
+    while slots.fill() is not None:
+        pass
     return slots

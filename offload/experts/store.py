@@ -30,10 +30,9 @@ What always holds, since ``move`` changes all that follows from a state:
 """
 
 from bisect import insort_left
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import islice
 from operator import attrgetter
 
 import numpy as np
@@ -43,7 +42,8 @@ from torch import Tensor
 from slotmoe.offload.devices.device import Event
 from slotmoe.offload.policy.cache import Cache
 
-DEMAND = 0  # the highest urgency; a prefetch has the number of layers until its use
+# Urgencies: the highest, then those of prefetches, layers until their use, and of what fills slots.
+DEMAND, FILL = 0, 1 << 30
 _NOTHING = memoryview(b"")
 
 
@@ -117,6 +117,7 @@ class ExpertStore:
         self.table_ME = torch.full((cache.layers, cache.experts), -1, dtype=torch.int32)
         self._table_N, self.changed = self.table_ME.view(-1).numpy(), False
         self.leaving = 0  # slots
+        self._filling = iter(range(0))
         self.slots: list[Slot] = []
         self._records = slab.unbind()  # to make a view of a slot takes longer than to copy one
         self.grow(ready)
@@ -176,6 +177,22 @@ class ExpertStore:
             self.move(slot, FREE)
         else:
             self.move(slot, LEAVING)
+
+    def full(self) -> bool:
+        """Whether the cache has no room, or every expert."""
+        return len(self.cache) >= min(self.cache.slots, len(self.held_N))
+
+    def to_fill(self) -> int | None:
+        """The next expert in order of layer that has no record here, if free room is left beside
+        all that is staged: the staging slots stay free for who needs an expert."""
+        if len(self.cache) + len(self.staged) >= self.cache.slots:
+            return None
+        for _ in range(2):
+            for expert_id in self._filling:
+                if self.state(expert_id) <= STALE:
+                    return expert_id
+            self._filling = iter(range(len(self.held_N)))  # some were given up
+        return None
 
     def collect(self) -> None:
         """What was LEAVING is FREE as soon as nothing arrives in it."""
@@ -249,17 +266,3 @@ class ExpertStore:
                 return
             self.leaving += 1
         self.staged[slot.index] = slot
-
-
-def read_each(
-    wait: Callable[[Collection[Read]], list[Read]],
-    expert_ids: Iterable[int],
-    at_once: int,
-    begin: Callable[[int], Read],
-) -> Iterator[Read]:
-    """What ``begin`` has started for each expert, as it is done, so many at a time."""
-    ids, pending = iter(expert_ids), list[Read]()
-    while pending := pending + [begin(id) for id in islice(ids, at_once - len(pending))]:
-        for read in wait(pending):
-            pending.remove(read)
-            yield read

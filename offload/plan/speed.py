@@ -423,4 +423,6 @@ class Split:
             return for_cpu(uses, self.cost)
         if self.mode == "cpu":
             return len(uses)
+        if missing < 2:
+            return 0  # its copy is there before the CPU has begun
         return min(len(uses), for_cpu([1] * missing, self.cost))

@@ -12,16 +12,15 @@ Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N e
 features.
 """
 
-import json
+from bisect import insort
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from slotmoe.errors import ConfigError, naming, refused
+if TYPE_CHECKING:
+    from slotmoe.quant.kernels.cpu.bindings import Kernels
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Choices = Sequence[Sequence[int]]  # of a gate: indices [T, K]
@@ -29,22 +28,27 @@ FEATURES = 256
 FOLLOWED = 256  # newest tokens of a pass that are learned from
 _CONSTANT = 3.0  # it learns faster than a feature, whose mean square is 1
 _RATE = 0.05 / FEATURES  # 0.03 and 0.05 hit the same within 0.3 points, 0.15 a point less
-_TRACED = ("layers", "n_routed_experts", "num_experts_per_tok")
 _BLOCK = 16  # tokens learned from at once
+_LINED_UP = 8  # of what is cached, that are looked for at once: more than a token uses of a layer
 
 
 class Cache:
-    """What is cached, and the counters.  The least recently used expert is worth least."""
+    """What is cached, and the counters.  The least recently used expert is worth least.
+
+    ``native`` kernels do in microseconds what numpy does else, with the same bits.
+    """
 
     learns = False  # whether ``use_chunk`` wants the layer's inputs
     bypass = False  # whether a new expert of no more worth than those cached gets no slot
 
-    def __init__(self, slots: int, layers: int, experts: int):
-        self.slots, self.layers, self.experts = slots, layers, experts
+    def __init__(self, slots: int, layers: int, experts: int, native: Optional["Kernels"] = None):
+        self.slots, self.layers, self.experts, self._native = slots, layers, experts, native
         self.hits = self.misses = self.evictions = self.bypassed = 0
         self.cached: set[int] = set()
         self._absent_N = np.full(layers * experts, np.inf)  # 0 where it is cached
         self._now = 0  # tokens so far
+        # (worth, expert id) of what is cached, or was, that of least worth first; empty: not known.
+        self._line: list[tuple[float, int]] = []
         self._worth_N, self._uses = np.full(layers * experts, -1.0), 0
 
     def advance(self, tokens: int = 1) -> None:
@@ -63,7 +67,7 @@ class Cache:
         ``later`` more behind them: as many uses, but each distinct expert is one hit or one miss,
         since a chunk brings it once.  ``x_TD`` are the newest tokens' inputs of the layer, None
         where they do not follow each other."""
-        ids_TK = np.array(indices) + moe_layer * self.experts
+        ids_TK = np.array(indices, np.int64) + moe_layer * self.experts
         self._now -= later
         self._touch(moe_layer, ids_TK)
         self._now += later
@@ -77,28 +81,44 @@ class Cache:
         expert that is not held, or itself if it gets no slot; with ``must``, if all are held."""
         if len(self.cached) < self.slots:
             return None
-        worth_N = self._worth_now()
-        limit = worth_N[expert_id] if self.bypass and not must else np.inf
-        worth_N = worth_N + self._absent_N
-        np.copyto(worth_N, np.inf, where=held_N)
-        victim = int(worth_N.argmin())
-        if worth_N[victim] >= limit:
+        self._refresh(expert_id)
+        limit = self._worth(expert_id) if self.bypass and not must else np.inf
+        found = self._first(held_N)
+        if found is None:
+            self._line = self._least()
+            found = self._first(held_N)
+        if found is None:  # all of these are held
+            worth_N = self._worth_now() + self._absent_N
+            np.copyto(worth_N, np.inf, where=held_N)
+            victim = int(worth_N.argmin())
+            found = float(worth_N[victim]), victim
+        worth, victim = found
+        if worth >= limit:
             self.bypassed += 1
             return expert_id
         self.evictions += 1
         return victim
 
+    def _first(self, held_N: Array) -> tuple[float, int] | None:
+        """The first of the line that may leave."""
+        for ranked in self._line:
+            if ranked[1] in self.cached and not held_N[ranked[1]]:
+                return ranked
+        return None
+
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
         """``expert_ids``, cached or not, that of least worth last, of equals that of lowest id."""
-        ids = np.array(sorted(expert_ids, reverse=True))
-        ordered: list[int] = ids[(-self._worth_now()[ids]).argsort(kind="stable")].tolist()
-        return ordered
+        ranked = sorted(((self._worth(id), id) for id in expert_ids), reverse=True)
+        return [expert_id for _, expert_id in ranked]
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""
         assert expert_id not in self.cached and len(self.cached) < self.slots
+        self._refresh(expert_id)
         self.cached.add(expert_id)
         self._absent_N[expert_id] = 0.0
+        if self._line and (ranked := (self._worth(expert_id), expert_id)) < self._line[-1]:
+            insort(self._line, ranked)
 
     def remove(self, expert_id: int) -> None:
         """Forget the cached ``expert_id``."""
@@ -111,14 +131,31 @@ class Cache:
     def __len__(self) -> int:
         return len(self.cached)
 
+    def _refresh(self, expert_id: int) -> None:
+        """A newcomer's worth is asked for."""
+
     def _touch(self, moe_layer: int, ids_TK: Array) -> None:
         """The pass's T tokens, the newest of them ``_now``, used ``ids_TK`` of ``moe_layer``."""
         self._worth_N[ids_TK.flat] = np.arange(self._uses, self._uses + ids_TK.size)
         self._uses += ids_TK.size
+        self._line = []
+
+    def _worth(self, expert_id: int) -> float:
+        """An expert's worth as it counts for an eviction now."""
+        return float(self._worth_N[expert_id])
 
     def _worth_now(self) -> Array:
-        """Each expert's worth as it counts for an eviction now, float64 [N]."""
+        """That of each expert, float64 [N]."""
         return self._worth_N
+
+    def _least(self) -> list[tuple[float, int]]:
+        """What a line begins with."""
+        worth_N, line = self._worth_now() + self._absent_N, list[tuple[float, int]]()
+        for _ in range(min(_LINED_UP, len(self.cached))):
+            expert_id = int(worth_N.argmin())
+            line.append((float(worth_N[expert_id]), expert_id))
+            worth_N[expert_id] = np.inf
+        return line
 
 
 def fold(x_TD: Array) -> Array:
@@ -149,9 +186,15 @@ class Forecast:
     what the gates choose, token by token, so no text has to be read before.
     """
 
-    def __init__(self, layers: int, experts: int):
+    def __init__(self, layers: int, experts: int, native: Optional["Kernels"] = None):
         self._weights_MFE = np.zeros((layers, FEATURES + 1, experts), np.float32)
         self._last_MF = np.zeros((layers, FEATURES + 1), np.float32)  # of the token before
+        self._chance_ME = np.zeros((layers, experts), np.float32)  # what follows from both
+        self._native = native
+        layers_of = self._weights_MFE, self._last_MF, self._chance_ME
+        self._of_layer = [*zip(*layers_of, strict=True)]
+        self._state = np.array([experts, *_addresses(*layers_of)], np.int64)
+        self._learned, self._x_D = np.zeros(1, np.int64), np.zeros(0, np.float32)
 
     def learn(self, moe_layer: int, indices: Choices, x_TD: Array) -> Array | None:
         """The gate of ``moe_layer`` chose ``indices`` [T, K] for tokens that follow each other, of
@@ -170,8 +213,31 @@ class Forecast:
             error_BE = used_TE[start : start + _BLOCK] - x_BF @ weights_FE
             weights_FE += x_BF.T @ (_RATE * error_BE)
         self._last_MF[moe_layer] = x_TF[-1]
-        chance_E: Array = x_TF[-1] @ weights_FE
-        return chance_E
+        chance_E: Array = self._chance_ME[moe_layer]
+        return np.matmul(x_TF[-1], weights_FE, out=chance_E)
+
+    def learn_one(
+        self, native: "Kernels", moe_layer: int, used_at: int, top_k: int, x_D: Array
+    ) -> Array | None:
+        """``learn`` of one token that used ``top_k`` experts, int64 at an address: what the weights
+        made of the token before is known."""
+        if len(x_D) != len(self._x_D):
+            self._x_D = np.empty(len(x_D), np.float32)
+            pieces = -(-len(x_D) // FEATURES)
+            self._at = _addresses(self._state, self._x_D, _signs(pieces), self._learned)
+        self._x_D[:] = x_D
+        state, x, signs, learned = self._at
+        native.learn.run(
+            state, moe_layer, x, len(x_D), signs, used_at, top_k, _RATE, _CONSTANT, learned
+        )
+        if not self._learned[0]:
+            return None
+        weights_FE, last_F, chance_E = self._of_layer[moe_layer]
+        return np.matmul(last_F, weights_FE, out=chance_E)
+
+
+def _addresses(*arrays: Array) -> list[int]:
+    return [array.ctypes.data for array in arrays]
 
 
 class Learned(Cache):
@@ -193,21 +259,35 @@ class Learned(Cache):
     WEIGHTS = (0.1, 0.3, 0.6)
     RESCALE = 1000  # tokens; far from where SHORT**-n overflows
     _next_E: Array | None = None  # the forecast of the layer that is visited
-    _now_N: Array | None = None
 
-    def __init__(self, slots: int, layers: int, experts: int):
-        super().__init__(slots, layers, experts)
+    def __init__(self, slots: int, layers: int, experts: int, native: Optional["Kernels"] = None):
+        super().__init__(slots, layers, experts, native)
         # Averages times decay**-(now - epoch): time changes one factor instead of every average.
         self._short_N, self._long_N, self._chance_N = np.zeros((3, self.layers * self.experts))
         self._epoch, self._moe_layer = 0, 0  # the latest rescaling; the layer visited last
         self._visited_M = [-1] * self.layers  # the pass that visited a layer last
-        self._last_N = np.full(len(self._short_N), -1)  # the pass whose newest token used it
-        layers_M = np.arange(self.layers)
-        far_MM = (layers_M - layers_M[:, None] - 1) % self.layers + 1.0
-        self._far_MN = np.repeat(far_MM, self.experts, axis=1)  # layers until a layer's turn
-        self._forecast = Forecast(self.layers, self.experts)
+        # The pass whose newest token used it.
+        self._last_N = np.full(len(self._short_N), -1, np.int64)
+        # Layers until an expert's turn behind the last layer; behind another it begins later.
+        self._turns_N = np.tile(np.repeat(np.arange(layers) + 1.0, experts), 2)
+        self._far_N = self._turns_N[(layers - 1) * experts :][: layers * experts]
+        self._forecast = Forecast(self.layers, self.experts, native)
         # ``_chance_N`` is of use at the layer's next turn; else it waits so many layers more.
         self._wait_N = np.full(self.layers * self.experts, np.inf)
+        # Of what is cached in each layer, the least chance and the longest wait, or less and more.
+        self._lowest_M, self._longest_M = np.full(layers, np.inf), np.zeros(layers)
+        self._found, self._worths = np.empty(_LINED_UP, np.int64), np.empty(_LINED_UP + experts)
+        self._known: dict[int, float] = {}  # worths of the newest token's experts of that layer
+        self._shares, self._used, self._rates = (
+            np.array(self.WEIGHTS),
+            np.empty(experts, np.int64),
+            np.empty(4),
+        )
+        kept = self._short_N, self._long_N, self._chance_N, self._wait_N, self._last_N
+        bounds = self._absent_N, self._turns_N, self._shares, self._lowest_M, self._longest_M
+        self._state = np.array([layers, experts, *_addresses(*kept, *bounds)], np.int64)
+        given = self._state, self._found, self._worths, self._used, self._rates
+        self._at = _addresses(*given)
 
     def advance(self, tokens: int = 1) -> None:
         super().advance(tokens)
@@ -220,31 +300,72 @@ class Learned(Cache):
     def use_chunk(
         self, moe_layer: int, indices: Choices, later: int = 0, x_TD: Array | None = None
     ) -> None:
+        if self._native is not None and len(indices) == 1 and not later:
+            x_D = None if x_TD is None else x_TD[0]
+            return self._use_one(self._native, moe_layer, indices[0], x_D)
         self._next_E = None if x_TD is None else self._forecast.learn(moe_layer, indices, x_TD)
-        super().use_chunk(moe_layer, indices, later)
+        return super().use_chunk(moe_layer, indices, later)
 
-    def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
-        self._refresh(expert_id)
-        return super().victim(expert_id, held_N, must)
+    def _use_one(
+        self, native: "Kernels", moe_layer: int, chosen: Sequence[int], x_D: Array | None
+    ) -> None:
+        """``use_chunk`` of a token."""
+        top_k, first = len(chosen), moe_layer * self.experts
+        state, found, worths, used, rates = self._at
+        self._used[:top_k] = chosen
+        chance_E = None
+        if x_D is not None:
+            chance_E = self._forecast.learn_one(native, moe_layer, used, top_k, x_D)
+        passed, decays = self._now - self._epoch, (self.SHORT, self.LONG)
+        self._rates[:] = [
+            *((1 - decay) * decay**-passed for decay in decays),
+            *(decay**passed for decay in decays),
+        ]
+        self._reach(moe_layer)
+        ids = [first + expert for expert in chosen]
+        distinct = {*ids}
+        hits = len(distinct & self.cached)
+        self.hits += hits
+        self.misses += len(distinct) - hits
+        count = _LINED_UP if hits < len(distinct) and len(self.cached) == self.slots else 0
+        next_at = None if chance_E is None else chance_E.ctypes.data
+        native.judge.run(
+            state, moe_layer, used, top_k, self._now, rates, next_at, count, found, worths
+        )
+        judged = self._worths[: count + top_k].tolist()
+        self._known = dict(zip(ids, judged[count:], strict=True))
+        line = zip(judged[:count], self._found.tolist(), strict=False)
+        self._line = [ranked for ranked in line if ranked[1] >= 0]
+
+    def _reach(self, moe_layer: int) -> None:
+        """A pass is at a layer."""
+        self._moe_layer, self._visited_M[moe_layer] = moe_layer, self._now
+        self._line, self._known = [], {}
+        behind = (self.layers - 1 - moe_layer) * self.experts
+        self._far_N = self._turns_N[behind : behind + len(self._last_N)]
 
     def add(self, expert_id: int) -> None:
-        self._refresh(expert_id)
         super().add(expert_id)
+        if (layer := expert_id // self.experts) != self._moe_layer:  # which is gone through anyway
+            self._lowest_M[layer], self._longest_M[layer] = 0.0, np.inf
 
     def _refresh(self, expert_id: int) -> None:
         """Estimate a newcomer's chance, unless this pass has visited its layer."""
         if self._visited_M[expert_id // self.experts] != self._now:
             self._estimate(expert_id)
+            self._line = [ranked for ranked in self._line if ranked[1] != expert_id]
+            self._known.pop(expert_id, None)
 
     def _touch(self, moe_layer: int, ids_TK: Array) -> None:
-        last = self._epoch - self._now
+        last, first = self._epoch - self._now, moe_layer * self.experts
         for sums_N, decay in ((self._short_N, self.SHORT), (self._long_N, self.LONG)):
             ages = range(last + len(ids_TK) - 1, last - 1, -1)
             gains_T = np.array([(1 - decay) * decay**age for age in ages])
             np.add.at(sums_N, ids_TK, gains_T[:, None])
         self._last_N[ids_TK[-1]] = self._now
-        self._moe_layer, self._visited_M[moe_layer] = moe_layer, self._now
-        self._estimate(slice(moe_layer * self.experts, (moe_layer + 1) * self.experts))
+        self._reach(moe_layer)
+        self._estimate(slice(first, first + self.experts))
+        self._lowest_M[moe_layer], self._longest_M[moe_layer] = 0.0, np.inf
 
     def _estimate(self, expert_ids: int | slice) -> None:
         passed, (newest, a, b) = self._now - self._epoch, self.WEIGHTS
@@ -257,72 +378,21 @@ class Learned(Cache):
             self._chance_N[expert_ids] = a * short + b * long + newest * used
         turns = (1 - self._chance_N[expert_ids]) / np.maximum(long, 1e-9)
         self._wait_N[expert_ids] = turns * self.layers
-        self._now_N = None
+
+    def _worth(self, expert_id: int) -> float:
+        if (known := self._known.get(expert_id)) is not None:
+            return known
+        far, chance = self._far_N.item(expert_id), self._chance_N.item(expert_id)
+        return float(max(chance / far, 1 / (far + self._wait_N.item(expert_id))))
 
     def _worth_now(self) -> Array:
-        if self._now_N is None:  # else nothing was estimated since, as between a layer's newcomers
-            far_N = self._far_MN[self._moe_layer]
-            self._now_N = np.maximum(self._chance_N / far_N, 1 / (far_N + self._wait_N))
-        return self._now_N
+        worth_N: Array = 1 / (self._far_N + self._wait_N)
+        np.maximum(self._chance_N / self._far_N, worth_N, out=worth_N)
+        return worth_N
 
 
-def make_cache(policy: str, slots: int, layers: int, experts: int) -> Cache:
+def make_cache(
+    policy: str, slots: int, layers: int, experts: int, native: Optional["Kernels"] = None
+) -> Cache:
     """An empty cache under one of ``slotmoe.offload.policy.POLICIES``."""
-    return {"lru": Cache, "learned": Learned}[policy](slots, layers, experts)
-
-
-class TraceStep(NamedTuple):
-    """A forward step: ``indices`` uint16 [T, layers, K], ``features`` float16 [T, layers, F]."""
-
-    indices: Array
-    features: Array
-
-
-class TraceWriter:
-    """Writes which experts a run used, for ``python -m bench replay``; a step that fails half-way
-    leaves nothing in the file.
-
-    A trace is one line of JSON, ``{"format": "slotmoe-trace", "version": 2, "layers": [...],
-    "n_routed_experts": E, "num_experts_per_tok": K}``, then little-endian blocks, one a step: u32
-    token count T (more than 1 in prefill), u16 expert indices [T, layers, K] in gate order, f16
-    [T, layers, F], what gates saw, folded.
-    """
-
-    def __init__(self, path: Path, layers: tuple[int, ...], n_routed_experts: int, top_k: int):
-        with refused(path, ConfigError, "can't write the trace there"):
-            self._path, self._file = path, path.open("wb")
-        facts = zip(_TRACED, (layers, n_routed_experts, top_k), strict=True)
-        header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
-        self._write(json.dumps(header).encode() + b"\n")
-        self._layers = layers
-        self._step: dict[int, TraceStep] = {}  # [T, K] and [T, F] of each layer so far
-
-    def add(self, layer: int, indices: list[list[int]], x_TD: Array, behind: int = 0) -> None:
-        """Indices [T, K] and inputs of one layer of the present step, of which ``behind`` tokens of
-        that layer came before; a layer met again starts a new step."""
-        new = TraceStep(np.array(indices, "<u2"), fold(x_TD).astype("<f2"))
-        if behind and layer in self._step:
-            new = TraceStep(*map(np.concatenate, zip(self._step[layer], new, strict=True)))
-        elif layer in self._step:
-            self._step.clear()
-        self._step[layer] = new
-        whole = len(self._step) == len(self._layers)
-        tokens = len(new.indices)
-        if whole and tokens == len(self._step[self._layers[0]].indices):
-            layers = zip(*(self._step[layer] for layer in self._layers), strict=True)
-            parts = [np.uint32(tokens).astype("<u4"), *(np.stack(part, 1) for part in layers)]
-            self._write(b"".join(part.tobytes() for part in parts))
-            self._step.clear()
-
-    def _write(self, data: bytes) -> None:
-        try:
-            with naming(self._path):
-                self._file.write(data)
-                self._file.flush()  # a child that is forked would write what is kept once more
-        except OSError:
-            with suppress(OSError):
-                self._file.close()
-            raise
-
-    def close(self) -> None:
-        self._file.close()
+    return {"lru": Cache, "learned": Learned}[policy](slots, layers, experts, native)

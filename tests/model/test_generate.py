@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model import generate
 from slotmoe.model.generate import Answer, candidates, sample
 from slotmoe.model.sampling import Generation, Sampling
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream
+from tests.support.kernels import native, needs_native
 from tests.support.tiny import SAMPLE
 
 TOKENIZER = Tokenizer(SAMPLE, 0)
@@ -81,6 +83,34 @@ def test_what_is_forbidden_is_never_drawn(monkeypatch):
         mark = torch.tensor([number], dtype=torch.float64)
         monkeypatch.setattr(torch, "rand", lambda *_, mark=mark, **__: mark)
         assert sample(logits, Sampling(temperature=1.0), seeded()) == expected
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"top_p": 0.95}, {"top_p": 0.6, "min_p": 0.05}, {"top_k": 20}, {"top_k": 9, "top_p": 0.9}],
+)
+@needs_native
+def test_kernels_draw_what_is_drawn_without_them(limits, monkeypatch):
+    """Where rounding could decide, they leave it to torch; that is rare."""
+    drawn, certain, choose = [[], []], [], native.choose
+
+    def chosen(*given):
+        certain.append(int(choose(*given)))
+        return torch.tensor(certain[-1:])
+
+    monkeypatch.setattr(native, "choose", chosen, raising=False)
+    for way, found in zip((native, None), drawn, strict=True):
+        monkeypatch.setattr(generate, "load", lambda way=way: way)
+        for seed, (width, temperature) in enumerate(product((2.0, 4.0), (0.3, 0.7, 1.5))):
+            logits, draws = torch.randn(20_011, generator=seeded(seed)) * width, seeded(seed)
+            ties = (logits * 4).round() / 4
+            for values in (logits, ties, logits.where(logits > 2, -torch.inf)):
+                sampling = Sampling(temperature=temperature, **limits)
+                found += [sample(values, sampling, draws) for _ in range(12)]
+    assert drawn[0] == drawn[1]
+    assert certain.count(-1) < len(certain) / 5
+    for values in (logits * torch.nan, logits.where(logits < 0, torch.inf)):
+        assert int(choose(values, 1.0, 0.9, 0, 0.0, 0.5)) == -1
 
 
 BAD = [("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1)]

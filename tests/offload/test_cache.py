@@ -4,6 +4,7 @@ experts."""
 from itertools import chain, combinations
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -11,6 +12,7 @@ from bench.replay import offer
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.cache import Learned, make_cache
 from tests.support import states
+from tests.support.kernels import native
 
 LAYERS, EXPERTS, TOP = 3, 4, 2
 IDS = st.integers(0, LAYERS * EXPERTS - 1)
@@ -21,9 +23,9 @@ PASS = st.lists(st.tuples(*[GATES] * LAYERS), min_size=1, max_size=4)
 class Policy(RuleBasedStateMachine):
     """A cache whose averages are rescaled every few tokens, beside a list of all uses."""
 
-    @initialize(policy=st.sampled_from(POLICIES), slots=st.integers(1, 7))
-    def start(self, policy, slots):
-        self.cache = make_cache(policy, slots, LAYERS, EXPERTS)
+    @initialize(policy=st.sampled_from(POLICIES), slots=st.integers(1, 7), plain=st.booleans())
+    def start(self, policy, slots, plain):
+        self.cache = make_cache(policy, slots, LAYERS, EXPERTS, None if plain else native)
         self.cache.RESCALE = 3
         self.now, self.layer, self.count = 0, 0, 0
         self.uses = [[] for _ in range(LAYERS * EXPERTS)]  # of each: (how many before it, token)
@@ -129,3 +131,32 @@ def test_forecast_learns_what_inputs_say():
     # Half of all hits are the most that one slot a layer allows where what is used next is known
     # but was not used last; guessing gives a quarter.
     assert hits[1.0] > hits[None] + 0.1 and hits[None] == hits[np.nan] == hits[np.inf], hits
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_layer_is_gone_through_once_and_kernels_decide_as_numpy_does(policy, monkeypatch):
+    """Victims, ranks and counts of passes over one token and over several, by inputs that are often
+    given and at times no numbers."""
+    layers, experts, looked = 5, 40, []
+    caches = [make_cache(policy, 60, layers, experts, kernels) for kernels in (None, native)]
+    decided = [[], []]
+    for cache in caches:
+        find = cache._least
+        monkeypatch.setattr(cache, "_least", lambda find=find: looked.append(1) or find())
+    for token in range(300):
+        for cache, found in zip(caches, decided, strict=True):
+            chance, before = np.random.default_rng(token), len(looked)
+            tokens = 6 if token % 25 == 9 else 1
+            cache.advance(tokens)
+            for layer in range(layers):
+                indices = [[*chance.permutation(experts)[:6].tolist()] for _ in range(tokens)]
+                x_TD = chance.standard_normal((tokens, 300)).astype(np.float32)
+                x_TD[0, 7] = np.nan if token % 40 == 3 else 0.0
+                ids = [layer * experts + expert for expert in indices[-1]]
+                missing = [id for id in ids if id not in cache]
+                cache.use_chunk(layer, indices, x_TD=None if token % 7 == 5 else x_TD)
+                found += [offer(cache, id, ids, must=id % 5 == 0) for id in missing]
+                found.append(cache.by_worth(range(0, layers * experts, 9)))
+            assert tokens > 1 or len(looked) - before <= layers
+            found.append((cache.hits, cache.evictions, cache.bypassed))
+    assert decided[0] == decided[1]

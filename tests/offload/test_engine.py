@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections import Counter
 from functools import partial
 
@@ -9,11 +10,15 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
+from slotmoe.offload.experts import disk
 from slotmoe.offload.experts import slots as store
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.experts import Experts
+from slotmoe.offload.experts.store import FILL
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
-from tests.support.engine import IDS, start, whole
+from tests.support.engine import IDS, start, until, whole
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +128,35 @@ def test_slots_grow_with_their_pages_and_results_stay_the_same(opened, wanted, m
         assert len(slots.cache) == slots.cache.slots == planned and slots._touching is None
         whole(runtime)
         assert torch.equal(torch.cat(rows), wanted)
+
+
+@pytest.mark.parametrize("slots", [None, 60])
+def test_free_slots_are_filled_behind_all_else(opened, wanted, slots, monkeypatch):
+    """While nothing of that arrives a text is made.  Then, where all fits, no layer stops; the bits
+    are the same throughout."""
+    may_arrive, stops, piece = threading.Event(), [], DiskReader._read_piece
+
+    def read_piece(self, drive, read, start, stop):
+        if read.urgency == FILL:
+            may_arrive.wait(30)
+        piece(self, drive, read, start, stop)
+
+    monkeypatch.setattr(DiskReader, "_read_piece", read_piece)
+    monkeypatch.setattr(disk, "PIECE_BYTES", 4096)  # so that each thread could be kept
+    call = Experts.__call__
+    monkeypatch.setattr(Experts, "__call__", lambda *given: stops.append(1) or call(*given))
+    with opened(slots=slots, prefetch=False) as runtime:
+        runtime.warm(wait=False)
+        slots = runtime.model.experts.slots
+        until(lambda: slots.store.staged)
+        assert torch.equal(runtime.logits(IDS[:9]), wanted[:9])
+        may_arrive.set()
+        until(lambda: len(slots.cache) == slots.planned)
+        step = start(runtime)
+        rows = [step(IDS[:40])]
+        stops.clear()
+        assert torch.equal(torch.cat(rows + [step([id]) for id in IDS[40:]]), wanted[39:])
+        assert bool(stops) == (not slots.complete)
+        runtime.warm()
+        whole(runtime)
+        may_arrive.clear()

@@ -80,6 +80,42 @@ def test_what_the_cpu_computes_differs_by_rounding_alone(on_twin, wanted, mode, 
         assert lent == misses["computed"] * runtime.plan.record_bytes
 
 
+def test_the_cpu_begins_before_policy_and_uploads(on_twin, monkeypatch):
+    """In a token's layer nothing but copies comes before that.  A single miss is copied."""
+    happened = []
+
+    def note(owner, name, event):
+        action = getattr(owner, name)
+        noted = lambda *given: happened.append(event(*given)) or action(*given)  # noqa: E731
+        monkeypatch.setattr(owner, name, noted)
+
+    with on_twin(Twin(1), misses="hybrid", slots=40, kernels="torch") as runtime:
+        runtime.warm()
+        model, host = runtime.model, runtime.model.store
+        note(model.experts, "_divided", lambda *given: given[0:4:2])  # tokens, what is missing
+        for event, *places in (
+            ("copy", (host, "read")),
+            ("CPU", (model.cpu, "experts")),
+            ("policy", (model.experts._cache, "use_chunk"), (host.cache, "use")),
+            ("upload", (model.device, "upload")),
+        ):
+            for owner, name in places:
+                note(owner, name, lambda *_, event=event: event)
+        runtime.generate(PROMPT, 8).read()
+    layers = [[]]
+    for event in happened:
+        if not isinstance(event, str):
+            layers.append([event])
+        else:
+            layers[-1].append(event)
+    layers = [layer for layer in layers if layer and layer[0][0] == 1]
+    orders = [[*dict.fromkeys(layer[1:])] for layer in layers if "CPU" in layer]
+    for order in orders:  # a guess may be copied later
+        order.remove("copy")
+    assert len(orders) > 20 and orders == [["CPU", "policy", "upload"]] * len(orders)
+    assert not any("CPU" in layer for layer in layers if len(layer[0][1]) == 1)
+
+
 def decoded_together(engine):
     """Logits of two sequences' tokens, pass by pass."""
     found = []

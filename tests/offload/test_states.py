@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.store import ARRIVED, CACHED, DEMAND, LEAVING, READING, STALE
+from slotmoe.offload.experts.store import ARRIVED, CACHED, DEMAND, FILL, LEAVING, READING, STALE
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
 from tests.support import states
@@ -51,6 +51,16 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def rank(self):
         self.store.rank()
+
+    @rule()
+    def fill(self):
+        """What fills free slots goes on, or meets a read that failed and stops."""
+        errors = [s.read.error for s, read in self.store.coming() if read.urgency == FILL]
+        try:
+            full = self.slots.fill() is None
+            assert full <= (len(self.slots.cache) == min(self.slots.planned, ROWS * EXPERTS))
+        except Broken:
+            assert any(errors)
 
     @rule(row=ROW, experts=st.lists(EXPERT, unique=True), name=st.sampled_from(HORIZONS))
     def guess(self, row, experts, name):

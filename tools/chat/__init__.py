@@ -108,6 +108,7 @@ def command(
     if on_terminal:
         loading.callback(terminal_mode(echo=False))
     with loading, open_session(given, "chat") as session, open_runtime(model, given) as runtime:
+        runtime.warm(wait=False)
         sampling = runtime.sampling.with_given(**{name: given[name] for name in options.SAMPLING})
         conversation = Dialogue(
             runtime, max_new_tokens, sampling, system=system, session=session, stop=given["stop"]

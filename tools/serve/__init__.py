@@ -131,6 +131,7 @@ def _serve(
         _listen(host, port, bool(keys)) as listener,
         open_runtime(model, given, logits_rows=rows, sequences=sequences) as runtime,
     ):
+        runtime.warm(wait=False)
         if folder is not None:
             runtime.keep_in(folder, limit, options.say)
         if not {*names} - {"*"}:

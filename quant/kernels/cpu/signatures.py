@@ -92,6 +92,14 @@ SIGNATURES = {
     " slab:pointer records:size record_stride:size record:pointer x:pointer experts:pointer"
     " post:pointer comb:pointer y:pointer norms:pointer weights:pointer indices:pointer"
     " reached:pointer seconds:pointer",
+    # of offload/policy/cache.py, which gives addresses of its own arrays
+    "learn": "forecast:pointer layer:size x:pointer D signs:pointer used:pointer K rate:float"
+    " constant:float learned:pointer",
+    "judge": "policy:pointer layer:size used:pointer K now:size rates:pointer next:pointer"
+    " count:size ids:pointer worths:pointer",
+    # an id that is drawn, -1 where that is not certain
+    "choose": "x:f32[V] V temperature:double top_p:double top_k:size min_p:double number:double"
+    " >chosen:i64[1]",
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
     "coded_error": "w:bound source:source[N,K] type >sums:f64[N/16,2]",
