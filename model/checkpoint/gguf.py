@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from slotmoe.model.checkpoint.places import (
     Rows,
     Shape,
     Source,
-    picking,
     source_of,
 )
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
@@ -150,26 +148,20 @@ def _source_of(name: str, shape: Shape, config: Config) -> Source:
     unit = of.value_head_dim if part in ("in_proj_qkv", "in_proj_z", "conv1d", "out_proj") else 1
     first = 2 * of.num_key_heads * of.key_head_dim if part in ("in_proj_qkv", "conv1d") else 0
     starts = (first + unit * heads_H).tolist()
-    order = [range(first), *(range(start, start + unit) for start in starts)]
+    order = [*range(first), *(row for start in starts for row in range(start, start + unit))]
+    turned = shape[::-1] if part == "conv1d" else shape
+    return name, turned, partial(_in_order, order=order, part=part)
+
+
+def _in_order(rows: Rows, start: int, stop: int, order: list[int], part: str) -> Tensor:
+    """Rows of ``part``, or its columns; taps are columns there, and -exp(A_log) is stored."""
+    if part == "out_proj":
+        return rows(start, stop)[:, order]
     if part == "conv1d":
-        return name, shape[::-1], partial(_taps, order=order)
-    makes = {"A_log": _logarithms, "out_proj": _columns}
-    return name, shape, partial(makes[part], order=order) if part in makes else picking(order)
-
-
-def _taps(rows: Rows, start: int, stop: int, order: list[range]) -> Tensor:
-    """Of a convolution."""
-    count = sum(map(len, order))
-    return picking(order)(rows, 0, count).t()[start:stop].contiguous()
-
-
-def _logarithms(rows: Rows, start: int, stop: int, order: list[range]) -> Tensor:
-    """``A_log``, of which llama.cpp has -exp."""
-    return (-picking(order)(rows, start, stop)).log()
-
-
-def _columns(rows: Rows, start: int, stop: int, order: list[range]) -> Tensor:
-    return rows(start, stop)[:, [*chain(*order)]]
+        return rows(0, len(order))[order].t()[start:stop].contiguous()
+    first, last = min(order[start:stop]), max(order[start:stop])
+    picked = rows(first, last + 1)[[row - first for row in order[start:stop]]]
+    return (-picked).log() if part == "A_log" else picked
 
 
 def _matrices(c: Config) -> dict[str, int]:

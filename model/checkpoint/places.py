@@ -202,7 +202,7 @@ class Made(TensorInfo):
         return self.make(partial(self.stored.rows, read), start, stop)
 
 
-def picking(ranges: list[range]) -> Make:
+def _picking(ranges: list[range]) -> Make:
     """Gives the rows of these ``ranges``."""
     picked_R = torch.tensor([*chain(*ranges)])
 
@@ -228,7 +228,7 @@ def source_of(name: str, shape: Shape, config: Config) -> Source:
     """Of the weight ``name``, as its publishers store it."""
     if (joined := stored_rows(name, config)) is not None:
         stored, count, ranges = joined
-        return stored, (count, *shape[1:]), picking(ranges)
+        return stored, (count, *shape[1:]), _picking(ranges)
     if name.endswith("linear_attn.conv1d.weight"):
         return name, (shape[1], 1, shape[0]), partial(_transposed, count=shape[1])
     is_less = config.family.norms_less_one and role_of(name) == "norm"
