@@ -17,7 +17,6 @@ from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
 from slotmoe.quant.kernels.cpu.bindings import load
 
 _SCORED = Struct("<if")  # an id and its log-probability, float32 as logits are
-_FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
@@ -86,36 +85,20 @@ def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """
     # The best logit is subtracted before dividing, so that a tiny temperature can't overflow.
     weights_V = ((logits_V - logits_V.max()).double() / sampling.temperature).exp()
-    ids, weights, limit = torch.arange(len(logits_V)), weights_V, len(logits_V)
-    if 0 < sampling.top_k < limit:
-        limit = sampling.top_k
-        ids = _best(logits_V, limit)
+    ids, weights = torch.arange(len(logits_V)), weights_V
+    if 0 < sampling.top_k < len(ids) or sampling.top_p < 1:
+        ids = logits_V.argsort(descending=True, stable=True)
+        ids = ids[: min(sampling.top_k, len(ids)) or None]
         weights = weights_V[ids]
     if sampling.top_p < 1:
-        goal, count = sampling.top_p * weights.sum(), _FIRST
-        while True:
-            ids = _best(logits_V, min(count, limit))
-            weights = weights_V[ids]
-            sums = weights.cumsum(dim=-1)
-            if sums[-1] >= goal or count >= limit:
-                break
-            count *= 16
-        kept = sums - weights < goal
+        total = weights_V.sum() if len(ids) == len(weights_V) else weights.sum()
+        sums = weights.cumsum(dim=-1)
+        kept = sums - weights < sampling.top_p * total
         ids, weights = ids[kept], weights[kept]
     if sampling.min_p > 0:
         kept = weights >= sampling.min_p  # the likeliest has the weight 1
         ids, weights = ids[kept], weights[kept]
     return ids, weights
-
-
-def _best(logits_V: Tensor, count: int) -> Tensor:
-    """The ids of the ``count`` largest logits, the largest first, of equals the lower id."""
-    width, runs = len(logits_V) // (8 * count), logits_V
-    if width > 1:  # ``count`` runs of neighbours have a logit that is no less: torch's topk is slow
-        runs = logits_V[: len(logits_V) // width * width].view(-1, width).amax(dim=1)
-    least = runs.topk(min(count, len(runs))).values[-1]
-    ids = (logits_V >= least).nonzero()[:, 0]
-    return ids[logits_V[ids].argsort(descending=True, stable=True)][:count]
 
 
 class Penalties:

@@ -6,7 +6,6 @@ Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a tok
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -410,18 +409,16 @@ class Experts:
 
     def fill_behind(self, idle: bool = False) -> bool:
         """Go on with that; whether more is to come.  What fails ends it: who needs that hears."""
-        with suppress(SlotmoeError, OSError):
+        try:
             self._fill(idle)
-            return self._fills
-        self._fills = False
-        return False
+        except (SlotmoeError, OSError):
+            self._fills = False
+        return self._fills
 
     def _fill(self, idle: bool) -> list[Read]:
         """What is on its way to fill slots, and below a GPU RAM before those.  Copies to a GPU wait
         for each other, so they are made while it is idle."""
-        reads = None
-        if self._fills and self.hybrid is not None:
-            reads = self.hybrid.host.fill()
+        reads = self.hybrid.host.fill() if self._fills and self.hybrid is not None else None
         if self._fills and reads is None and (idle or not self._device.queues):
             reads = self.slots.fill()
             self._fills = reads is not None
