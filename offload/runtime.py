@@ -381,7 +381,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         without first reads.  Without ``wait`` that goes on behind all else, texts included."""
         experts = self.model.experts
         fill = partial(experts.fill, informs(progress or ignore))
-        self.engine.call(fill if wait else experts.start_filling)
+        self.engine.call(fill if wait else partial(setattr, experts.slots, "fills", True))
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:

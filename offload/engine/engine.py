@@ -217,7 +217,7 @@ class Engine:
                 return False
             if self._calls or self.batch.running or self.batch.waiting:
                 return True
-            fills = self.model.experts.fill_behind(idle=True)
+            fills = self.model.experts.slots.fill_behind(idle=True)
             try:
                 self._sort(self._inbox.get(timeout=_FILL_SECONDS if fills else patience))
             except Empty:

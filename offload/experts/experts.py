@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Timer
-from slotmoe.errors import SlotmoeError, informs
+from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.experts.ahead import Lookahead
@@ -127,7 +127,6 @@ class Experts:
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = 0
-        self._fills = False  # whether free slots are being filled
         self.timer: Timer | None = None
 
     def on_layer(self, listener: OnLayer, inputs: bool = False) -> Callable[[], None]:
@@ -167,7 +166,7 @@ class Experts:
             self.slots.advance(tokens)
             if self.hybrid is not None:
                 self.hybrid.host.advance(tokens)
-            self.fill_behind()
+            self.slots.fill_behind()
         self._apart = sequences > 1
         self.go_on(tokens)
         if self.lookahead is None:
@@ -401,42 +400,15 @@ class Experts:
 
     # The runtime's side
 
-    def start_filling(self) -> None:
-        """Read experts in order of layer from now on, behind all else, until no slot is free.  They
-        are worth nothing until they are used, so where not all fit they are the first to leave; and
-        a layer that is whole lets the next pass go through."""
-        self._fills = True
-
-    def fill_behind(self, idle: bool = False) -> bool:
-        """Go on with that; whether more is to come.  What fails ends it: who needs that hears."""
-        try:
-            self._fill(idle)
-        except (SlotmoeError, OSError):
-            self._fills = False
-        return self._fills
-
-    def _fill(self, idle: bool) -> list[Read]:
-        """What is on its way to fill slots, and below a GPU RAM before those.  Copies to a GPU wait
-        for each other, so they are made while it is idle."""
-        reads = self.hybrid.host.fill() if self._fills and self.hybrid is not None else None
-        if self._fills and reads is None and (idle or not self._device.queues):
-            reads = self.slots.fill()
-            self._fills = reads is not None
-        return reads or []
-
     def fill(self, progress: Callable[[int, int], None]) -> None:
-        """``start_filling``, and wait for its end; ``progress(done, total)`` in bytes of slots."""
-        size = self.slots.memory().nbytes // len(self.slots.slab)
-        self.slots.advance(0)  # what a pass has left in staging takes room
-        self.start_filling()
-        try:
-            while self._fills:
-                if reads := self._fill(idle=True):
-                    self.slots.any_of(reads)
-                self.look()
-                progress(len(self._cache) * size, self.slots.planned * size)
-        finally:
-            self._fills = False
+        """Fill free slots and wait for that; ``progress(done, total)`` in bytes of slots."""
+        size = self.slots.slab.shape[1]
+
+        def done() -> None:
+            self.look()
+            progress(len(self._cache) * size, self.slots.planned * size)
+
+        self.slots.fill(done)
 
     def stats(self) -> Json:
         """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are

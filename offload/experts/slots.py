@@ -5,14 +5,14 @@ record counts as present only when its last byte has arrived and its checksum is
 """
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from slotmoe.border import Biases, Mlp
-from slotmoe.errors import DeviceError
+from slotmoe.errors import DeviceError, SlotmoeError
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, expert_shapes
 from slotmoe.offload.devices.device import Device
@@ -71,7 +71,10 @@ class Slots:
         total = min(cache.slots + staging, self._all)
         self.slab = device.empty((total, size), torch.uint8)
         self._source, self._device, self.cache = source, device, cache
-        self.any_of = source.wait  # blocks until one of some reads is done
+        # Whether experts are read in order of layer, behind all else, until no slot is free.  They
+        # are worth nothing until they are used, so where not all fit they are the first to leave;
+        # and a layer that is whole lets the next pass go through.
+        self.fills = False
         self.staging, self._reserve = staging, reserve
         self.wait_seconds, self.reclaimed = 0.0, 0
         self.planned, self._touched = cache.slots, 0
@@ -191,9 +194,41 @@ class Slots:
                 self.take([read])
                 self.admit(slot.expert, must=True)
 
-    def fill(self) -> list[Read] | None:
-        """Go on reading experts into free room, behind all else: what is on its way for that, None
-        when no slot is free.  This does not wait.  Raises what made a read fail."""
+    def fill_behind(self, idle: bool = False) -> bool:
+        """While it ``fills``, go on with that; whether more is to come.  This does not wait.  What
+        fails ends it: who needs that hears."""
+        try:
+            self._fill(idle)
+        except (SlotmoeError, OSError):
+            self.fills = False
+        return self.fills
+
+    def fill(self, done: Callable[[], None]) -> None:
+        """Fill free slots and wait for that; ``done()`` as records come."""
+        self._finish_growing()
+        self.advance(0)  # what a pass has left in staging takes room
+        self.fills = True
+        try:
+            while self.fills:
+                if reads := self._fill(idle=True):
+                    self._source.wait(reads)
+                done()
+        finally:
+            self.fills = False
+
+    def _fill(self, idle: bool) -> list[Read]:
+        """Go on: what is on its way to fill slots, and below a GPU RAM before those.  Copies
+        to a GPU wait for each other, so they are made while it is idle."""
+        reads = None
+        if self.fills and isinstance(self._source, HostTier):
+            reads = self._source.fill()
+        if self.fills and reads is None and (idle or not self._device.queues):
+            reads = self._fill_free()
+            self.fills = reads is not None
+        return reads or []
+
+    def _fill_free(self) -> list[Read] | None:
+        """What is on its way into free room, behind all else; None when no slot is free."""
         self.store.collect()
         coming = [(slot, read) for slot, read in self.store.coming() if read.urgency == FILL]
         for slot, read in coming:
@@ -213,8 +248,6 @@ class Slots:
             reads.append(slot.read)
         self._source.submit(new)
         return reads if reads or self._touching is not None or not self.store.full() else None
-
-    # Between passes
 
     def memory(self) -> Tensor:
         """All slots as one, uint8, with all its pages."""
@@ -332,6 +365,5 @@ def resident_slots(config: Config, device: Device) -> Slots:
     layers, experts = len(config.moe_layers), config.n_routed_experts
     cache = make_cache("lru", layers * experts, layers, experts)
     slots = Slots(_InMemory(), cache, 1, 0, 1, device)  # a byte stands for an expert
-    while slots.fill() is not None:
-        pass
+    slots.fill(lambda: None)
     return slots

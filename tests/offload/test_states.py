@@ -57,7 +57,7 @@ class Engine(RuleBasedStateMachine):
         """What fills free slots goes on, or meets a read that failed and stops."""
         errors = [s.read.error for s, read in self.store.coming() if read.urgency == FILL]
         try:
-            full = self.slots.fill() is None
+            full = self.slots._fill_free() is None
             assert full <= (len(self.slots.cache) == min(self.slots.planned, ROWS * EXPERTS))
         except Broken:
             assert any(errors)
