@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_dependencies_are_declared():
     third_party = {name.partition(".")[0] for path in FILES for name in imported(path)}
     assert third_party - set(sys.stdlib_module_names) <= known
     assert known - {"slotmoe", "triton"} <= third_party
+
+
+def test_a_release_can_be_made():
+    """Its workflow starts scripts that are here, and finds notes of this version."""
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    scripts = {*re.findall(r"scripts/\w+", workflow)}
+    assert {"scripts/wheels", "scripts/try_wheel"} == {
+        name for name in scripts if os.access(ROOT / name, os.X_OK)
+    }
+    assert re.findall(r"arch: \[(.*)\]", workflow) == ["x86_64, aarch64, win_amd64"] * 2
+    assert (ROOT / "release" / f"{slotmoe.__version__}.md").is_file()
 
 
 def test_contract_of_the_package():

@@ -30,10 +30,7 @@ from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import Console, table
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
-_LOSS = (
-    "KL is the bundled sample's divergence from its source in nats a token, by quantize alone and "
-    "with a text for --calibrate; other models lose more or less."
-)
+_LOSS = "KL: nats a token the sample loses; with text: by --calibrate. More: --verbose."
 _CHOICES = ("codec", "bits", "resident", "export", "in memory", "tokens/s", "KL", "with text")
 # What describes a machine: with one of them it may be another than this.
 _MACHINE = "gpu ram_bandwidth disk_bandwidth pcie_bandwidth gpu_bandwidth".split()
@@ -70,13 +67,10 @@ def command(
 ) -> int:
     """Say whether MODEL fits, what goes to which tier, and how fast it will be, without weights.
 
-    MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
-    v2.5, coder-v2, v3, r1, v3.1, v3.2, v4-flash, v4-pro, glm-5, kimi-k2, qwen3-30b-a3b,
-    qwen3-235b-a22b, qwen3-next-80b-a3b, qwen3-coder-next, qwen3.5-35b-a3b, qwen3.6-35b-a3b,
-    glm-4.5-air, minimax-m2, gpt-oss-20b, gpt-oss-120b, sample), an export, a checkpoint folder, a
-    GGUF file, the path of a config.json, or a hub id, of which the config alone is fetched. Speeds
-    come from bandwidths: those given here, those that slotmoe bench --calibrate has measured on
-    this machine, or assumptions; the report says which.
+    MODEL is a geometry (v2-lite, v3, glm-5, gpt-oss-20b and others, which an unknown name lists),
+    an export, a checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which
+    the config alone is fetched. Speeds come from bandwidths: those given here, those that slotmoe
+    bench --calibrate has measured on this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
     cheapest ways out.  If it fits, the last line is the command to type next.  Without options for
@@ -253,15 +247,9 @@ def _next(model: Model) -> str:
 
 def _print(report: Json, verbose: bool) -> None:
     """At most 24 lines of 80 columns unless ``verbose``, the verdict last."""
-    console, resident = Console(), report["resident"]
-    console.print(_memory(report, verbose))
-    console.print()
-    console.print(_choices(report, verbose))
-    lines = ["KL: nats a token the sample loses; with text: by --calibrate. More: --verbose."]
-    if verbose:
-        lines = [_LOSS, *([f"GPU: {report['gpu']}."] if report["gpu"] else [])]
-        lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
-    lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
+    console = Console()
+    console.print(_memory(report, verbose), _choices(report, verbose), sep="\n\n")
+    lines = [_LOSS, *(f"{note[0].upper()}{note[1:]}." for note in report["notes"])]
     if report["fits"]:
         lines += [*_summary(report), *(_reckoning(report) if verbose else [])]
     ways = report["ways_out"]
@@ -290,7 +278,7 @@ def _memory(report: Json, verbose: bool) -> Table:
 
     rows = [row(*item) for item in parts.items() if any(item[1].values())]
     rows += [row(name, report[name]) for name in ("total", "budget")]
-    return table(["", *(_NAMES[tier] for tier in tiers)], rows, edges=False)
+    return table(["", *(_NAMES[tier] for tier in tiers)], rows)
 
 
 def _choices(report: Json, verbose: bool) -> Table:
@@ -309,7 +297,7 @@ def _choices(report: Json, verbose: bool) -> Table:
             shown = ("" if loss is None else f"{loss:.4f}" for loss in losses)
             names = (choice[key] for key in _CHOICES[:3])
             rows.append([*names, format_size(choice["export"]), *gains, *shown])
-    return table(_CHOICES, rows, left=range(3), edges=False)
+    return table(_CHOICES, rows, left=range(3))
 
 
 def _verdict(report: Json) -> list[str]:
@@ -324,16 +312,17 @@ def _verdict(report: Json) -> list[str]:
         return [f"{name} does not fit: {' and '.join(short)} short."]
     if not disk["fits"]:
         return [f"{name} does not fit: its export takes {export}{free}."]
-    kept = "; the download is not kept" if disk["download"] else ""
-    lines = [f"Disk: the export takes {export}{free}{kept}."] if disk["export"] else []
-    speed, least, most = (
-        figure(value, 2) for value in (report["decode_tokens_per_second"], *report["decode_range"])
-    )
+    lines = [f"Disk: the export takes {export}{free}."] if disk["export"] else []
     about = "an estimated" if report["estimated"] else "about"
     share = "all experts" if found == 1 else f"{found:.0%} hits"
-    lines.append(f"{name} fits: {about} {speed} tokens/s ({least} to {most}), {share} in memory.")
+    lines.append(f"{name} fits: {about} {_speed(report, 'decode')}, {share} in memory.")
     loads = f"  # downloads {download}" if disk["download"] else ""
     return [*lines, report["command"] + loads]
+
+
+def _speed(report: Json, kind: str) -> str:
+    speeds = report[f"{kind}_tokens_per_second"], *report[f"{kind}_range"]
+    return "{} tokens/s ({} to {})".format(*(figure(speed, 2) for speed in speeds))
 
 
 def figure(number: float, significant: int = 3) -> str:
@@ -346,9 +335,9 @@ def figure(number: float, significant: int = 3) -> str:
 
 
 def _summary(report: Json) -> list[str]:
-    prefill, bound = report["prefill_tokens_per_second"], report["bottleneck"]
+    bound = report["bottleneck"]
     host = f", {report['host_slots']:,} in RAM" if report["host_slots"] else ""
-    read = "" if prefill is None else f"Prompts: {figure(prefill)} tokens/s. "
+    read = f"Prompts: {_speed(report, 'prefill')}. " if report["prefill_range"] else ""
     bound = "the time between kernels" if bound == "between kernels" else bound
     return [
         f"{report['slots']:,} of {report['experts']:,} experts in slots{host}; "
@@ -359,7 +348,7 @@ def _summary(report: Json) -> list[str]:
 
 def _reckoning(report: Json) -> list[str]:
     """What the figures are made of."""
-    settings = report["settings"]
+    settings, resident = report["settings"], report["resident"]
     peak = [f"{format_size(size)} of {_NAMES[t]}" for t, size in report["predicted_peak"].items()]
     rates = [
         f"{tier} {figure(rate['bytes_per_second'] / 1e9)} GB/s ({rate['origin']})"
@@ -371,18 +360,18 @@ def _reckoning(report: Json) -> list[str]:
     ]
     of = ", ".join(dict.fromkeys(rate["origin"] for rate in report["core"].values()))
     constants = [f"{name} {figure(value)}" for name, value in report["constants"].items()]
-    spent = {"A prompt": report["prefill_seconds"], "One token": report["decode_seconds"]}
-    sorts = {of: sorted(it.items(), key=lambda item: -item[1]) for of, it in spent.items()}
-    waits = [
-        f"{of}: {', '.join(f'{name} {1000 * s:.0f} ms' for name, s in it if s >= 5e-4)}."
-        for of, it in sorts.items()
-    ]
+    prompt, token = (
+        ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in report[kind].items() if s >= 5e-4)
+        for kind in ("prefill_seconds", "decode_seconds")
+    )
     more = f", each taken for one of the {cores()} here as far as RAM feeds it"
     more = more if settings["threads"] > cores() else ""
     return [
+        f"GPU: {report['gpu'] or 'none'}.",
+        f"Resident weights are {resident['precision']}: {resident['why']}.",
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: "
         f"peak {', '.join(peak)}.",
-        *waits,
+        f"The prompt waits for {prompt}; one token for {token}.",
         *(
             ["Estimated as docs/gpu.md shows; no GPU has measured it."]
             if report["estimated"]

@@ -43,13 +43,12 @@ def table(
     rows: Iterable[Row],
     title: str | None = None,
     left: Container[int] = (0,),
-    edges: bool = True,
 ) -> Table:
     """A plain table; the columns whose indices are in ``left`` are flush left, the others right.
-    With ``edges`` an empty line is above and below.  On too narrow a terminal, lists."""
+    On too narrow a terminal, lists."""
     width, rows = None if title is None else len(title), [*rows]
     plain = Table(title=title, title_justify="left", box=box.SIMPLE, min_width=width)
-    plain.pad_edge, plain.collapse_padding, plain.show_edge = False, True, edges
+    plain.pad_edge, plain.collapse_padding, plain.show_edge = False, True, False
     for number, column in enumerate(columns):
         plain.add_column(column, justify="left" if number in left else "right", no_wrap=True)
     for row in rows:

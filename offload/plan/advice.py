@@ -28,7 +28,7 @@ from slotmoe.sizes import format_size
 
 # Least and most that was measured of a predicted speed, also with one core busy, by whether rates
 # are assumed (docs/memory-and-planning.md).
-SPREAD = {False: (0.65, 1.25), True: (0.4, 2.0)}
+SPREAD = {False: (0.65, 1.7), True: (0.4, 2.5)}
 MOST_INT8 = 4 << 30  # bytes of resident weights; beyond, 4 bits leave much more to the experts
 
 
