@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.tools import serve
 from slotmoe.tools.cli import cli
 from slotmoe.tools.serve import guard as serve_guard
+from slotmoe.tools.serve.formats import Reader
 from slotmoe.tools.serve.openai import ChatRequest
 from slotmoe.tools.serve.responses import ResponsesRequest
 from tests.support.apis import ASKED, CHAT, KING, MESSAGES, RESPONSES, TOOL, ask
@@ -62,6 +64,17 @@ def test_tools_of_codex_are_functions_of_the_model_and_come_back_as_they_were(op
         **{**GREEDY, "input": items, "tools": CODEX, "max_output_tokens": 2}
     )
     assert said.headers["x-slotmoe-relaxed"] == "tools: web_search is left out"
+
+
+def test_a_call_of_another_name_keeps_it(served, monkeypatch):
+    feed = Reader.feed
+
+    def renamed(*given, **how):
+        return [replace(delta, name=delta.name and "other") for delta in feed(*given, **how)]
+
+    monkeypatch.setattr(Reader, "feed", renamed)
+    must = {"tools": [TOOL], "tool_choice": "required", "max_output_tokens": 60}
+    assert ask(served, RESPONSES, **must)["output"][0]["name"] == "other"
 
 
 def test_what_the_model_reads_of_tools_and_histories(served):

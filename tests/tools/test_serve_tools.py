@@ -8,21 +8,8 @@ import pytest
 
 from slotmoe.model.families import FAMILIES
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, Tokenizer
-from slotmoe.tools.serve import formats
 from slotmoe.tools.serve.formats import (
-    DEEPSEEK_V3_1,
-    DEEPSEEK_V3_2,
-    DEEPSEEK_V4,
-    GLM,
-    GLM_4_5,
-    HARMONY,
-    KIMI,
-    MINIMAX,
-    MISTRAL,
-    NATIVE,
-    PLAIN,
-    QWEN3,
-    QWEN3_CODER,
+    FORMATS,
     ContentDelta,
     Reader,
     joined,
@@ -40,6 +27,8 @@ from tests.support.served import (
 )
 from tests.support.tiny import SAMPLE
 
+PLAIN, DEEPSEEK_V3_1, NATIVE, KIMI, GLM_4_5, GLM, MISTRAL, *OTHERS = FORMATS.values()
+DEEPSEEK_V3_2, DEEPSEEK_V4, QWEN3, QWEN3_CODER, MINIMAX, HARMONY = OTHERS
 CITY = {**WEATHER["properties"], "note": {"type": "string", "description": "free"}}
 PARAMETERS = {**WEATHER, "properties": {name: CITY[name] for name in ("city", "note", "days")}}
 FUNCTIONS = [Function(name="weather", parameters=PARAMETERS), Function(name="stop")]
@@ -101,7 +90,7 @@ TWO = {
     DEEPSEEK_V4: dsml("tool_calls"),
 }
 OURS = {DEEPSEEK_V3_2: "deepseek_v32", DEEPSEEK_V4: "deepseek_v4"}
-NAMES = {form: name for name, form in vars(formats).items() if isinstance(form, type(PLAIN))}
+NAMES = {form: name for name, form in FORMATS.items()}
 FORMS = pytest.mark.parametrize("form", TWO, ids=[NAMES[form] for form in TWO])
 
 

@@ -9,18 +9,10 @@ import json
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.tokenizer import (
-    CALLED,
-    CHANNEL,
-    CONSTRAIN,
-    MESSAGE,
-    TAKES,
-    Splitter,
-    Tokenizer,
-    overlap,
-)
+from slotmoe.model.tokenizer import Splitter, Tokenizer, overlap
 from slotmoe.tools.serve.requests import Call, Function
 
 INDEX = "{index}"
@@ -65,95 +57,30 @@ class CallFormat:
         return self.opening + self.joint.join(texts) + self.closing if texts else ""
 
 
-PLAIN = CallFormat(
-    "<tool_call>", '{"name": "', '", "arguments": ', "}</tool_call>", "\n<tool_call>", "",
-    structured=False,
-)  # fmt: skip
-_NAMES = "calls_begin call_begin sep call_end calls_end "
-_NAMES += "outputs_begin output_begin output_end outputs_end"
-_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS, OUTPUTS, OUTPUT, END_OUTPUT, END_OUTPUTS = (
-    f"<\uff5ctool\u2581{name}\uff5c>" for name in _NAMES.replace("_", "\u2581").split()
+# As ``formats.json`` has them by name, in the order in which a model's is looked for.  They are as
+# their templates write them; NATIVE is DeepSeek's oldest, also as its model card shows it:
+# https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".  Those of V3.2 and V4
+# are as their folder ``encoding`` has them, HARMONY as ``slotmoe.model.tokenizer.Messages`` passes
+# gpt-oss' calls on.
+_ROWS: Json = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+for _row in _ROWS.values():
+    _row |= {name: tuple(value) for name, value in _row.items() if isinstance(value, list)}
+FORMATS = {name: CallFormat(**row) for name, row in _ROWS.items()}
+PLAIN = FORMATS["PLAIN"]
+OUTPUTS, OUTPUT, END_OUTPUT, END_OUTPUTS = (
+    f"<\uff5ctool\u2581{name}\uff5c>"
+    for name in ("outputs\u2581begin", "output\u2581begin", "output\u2581end", "outputs\u2581end")
 )
-_DEEPSEEK = (_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS)
-_NAMES = "calls_section_begin call_begin call_argument_begin call_end calls_section_end"
-_KIMI = tuple(f"<|tool_{name}|>" for name in _NAMES.split())
-_GLM = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-# As their templates write them; the oldest also as its model card shows it:
-# https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".
-DEEPSEEK_V3_1 = CallFormat(
-    _CALLS, _CALL, _SEP, _END_CALL, "", _END_CALLS,
-    marks=_DEEPSEEK, spelled=(_CALL, _SEP), unspelled=("```json",),
-)  # fmt: skip
-NATIVE = CallFormat(
-    _CALLS, f"{_CALL}function{_SEP}", "\n```json\n", f"\n```{_END_CALL}", "\n", _END_CALLS,
-    marks=_DEEPSEEK, spelled=(_CALLS,), structured=False,
-)  # fmt: skip
-KIMI = CallFormat(
-    _KIMI[0], _KIMI[1] + "functions.", f":{INDEX}{_KIMI[2]}", _KIMI[3], "", _KIMI[4],
-    marks=_KIMI, spelled=(_KIMI[1],), numbered_ids=True,
-)  # fmt: skip
-GLM = CallFormat(
-    _GLM[0], "", "", _GLM[1], _GLM[0], "",
-    marks=_GLM, spelled=(_GLM[2],), object_arguments=True,
-    tagged=(_GLM[2], _GLM[3] + _GLM[4], _GLM[5]),
-)  # fmt: skip
-MISTRAL = CallFormat(
-    "[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]", "",
-    marks=("[TOOL_CALLS]", "[ARGS]"), spelled=("[TOOL_CALLS]", "[ARGS]"),
-)  # fmt: skip
-# GLM-4.5 and 4.6.
-GLM_4_5 = replace(
-    GLM, joint=f"\n{_GLM[0]}", spelled=(f"{_GLM[3]}\n{_GLM[4]}",), gap="\n", lead="\n",
-    tagged=(_GLM[2], f"{_GLM[3]}\n{_GLM[4]}", _GLM[5]),
-)  # fmt: skip
-QWEN3 = CallFormat(
-    f"{_GLM[0]}\n", '{"name": "', '", "arguments": ', f"}}\n{_GLM[1]}", f"\n{_GLM[0]}\n", "",
-    marks=_GLM[:2], spelled=(_GLM[0], "<args-json-object>"), lead="\n",
-)  # fmt: skip
-QWEN3_CODER = CallFormat(
-    f"{_GLM[0]}\n", "<function=", ">", f"</function>\n{_GLM[1]}", f"\n{_GLM[0]}\n", "",
-    marks=_GLM[:2], spelled=("<function=", "<parameter="), object_arguments=True,
-    tagged=("<parameter=", ">\n", "\n</parameter>"), gap="\n", lead="\n",
-)  # fmt: skip
-_MINIMAX = ("<minimax:tool_call>", "</minimax:tool_call>")
-MINIMAX = CallFormat(
-    f"{_MINIMAX[0]}\n", '<invoke name="', '">', "</invoke>", "\n", f"\n{_MINIMAX[1]}",
-    marks=_MINIMAX, spelled=(*_MINIMAX, "<invoke name="), object_arguments=True,
-    tagged=('<parameter name="', '">', "</parameter>"), gap="\n", lead="\n",
-)  # fmt: skip
-# Of gpt-oss, as ``slotmoe.model.tokenizer.Messages`` passes calls on.
-HARMONY = CallFormat(
-    CALLED, "", TAKES, "", CALLED, "",
-    marks=(CHANNEL, MESSAGE, CONSTRAIN), spelled=(CHANNEL, "functions."), object_arguments=True,
-    single=True,
-)  # fmt: skip
-_DSML = "\uff5cDSML\uff5c"
-
-
-def _dsml(block: str) -> CallFormat:
-    """As the folder ``encoding`` of DeepSeek-V3.2 and V4 has it; they differ in the ``block``."""
-    return CallFormat(
-        f"<{_DSML}{block}>", f'\n<{_DSML}invoke name="', '">', f"</{_DSML}invoke>", "",
-        f"\n</{_DSML}{block}>",
-        marks=(_DSML,), spelled=(_DSML, block), object_arguments=True,
-        tagged=(f'<{_DSML}parameter name="', '" string="', f"</{_DSML}parameter>"),
-        kinds=('true">', 'false">'), gap="\n", lead="\n\n",
-    )  # fmt: skip
-
-
-DEEPSEEK_V3_2, DEEPSEEK_V4 = _dsml("function_calls"), _dsml("tool_calls")
-_FORMATS = [DEEPSEEK_V3_1, NATIVE, KIMI, GLM_4_5, GLM, MISTRAL, DEEPSEEK_V3_2, DEEPSEEK_V4]
-_FORMATS += [QWEN3, QWEN3_CODER, MINIMAX, HARMONY]
 
 
 def format_of(tokenizer: Tokenizer) -> CallFormat:
     """The format that a model was trained on, as far as its tokenizer and template show it."""
     template = tokenizer.template or ""
-    for row in _FORMATS:
+    for row in FORMATS.values():
         is_spelled = all(text in template for text in row.spelled)
         is_other = any(text in template for text in row.unspelled)
         has_tokens = all(tokenizer.token_id(mark) is not None for mark in row.marks)
-        if is_spelled and has_tokens and not is_other:
+        if row is not PLAIN and is_spelled and has_tokens and not is_other:
             return row
     return PLAIN
 
@@ -185,10 +112,7 @@ _PLAIN_HINT = (
     "line of its own. Write nothing after calls; their results follow in <tool_response>. If no "
     "function is needed, answer in plain text."
 )
-_HINT = (
-    "\n\nTo call functions, write exactly this, with JSON that follows the parameters:\n"
-    f"{_CALLS}{_CALL}NAME{_SEP}ARGUMENTS{_END_CALL}{_END_CALLS}"
-)
+_HINT = "\n\nTo call functions, write exactly this, with JSON that follows the parameters:\n"
 
 
 def describe(call_format: CallFormat, functions: Sequence[Function]) -> str:
@@ -201,7 +125,9 @@ def describe(call_format: CallFormat, functions: Sequence[Function]) -> str:
     if is_plain:
         return "You can call these functions:\n" + "\n".join(texts) + _PLAIN_HINT
     heading = "## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
-    return heading + "\n".join(texts) + (_HINT if call_format is DEEPSEEK_V3_1 else "")
+    shown = call_format.write([Call("", "NAME", "ARGUMENTS")])
+    is_shown = call_format is FORMATS["DEEPSEEK_V3_1"]
+    return heading + "\n".join(texts) + (_HINT + shown if is_shown else "")
 
 
 @dataclass(frozen=True)

@@ -349,9 +349,10 @@ class Draft:
         made = "custom" if tool is not None and tool.type == "custom" else delta.kind
         kind, prefix, self._name, begun, self._part = _ITEMS[made]
         item: Json = {"id": f"{prefix}_{number}", "type": kind, "status": "in_progress", **begun}
-        if tool is not None:
-            item |= {"call_id": f"call_{number}", "name": tool.name}
-            item |= {} if tool.namespace is None else {"namespace": tool.namespace}
+        if delta.name is not None:
+            item |= {"call_id": f"call_{number}", "name": tool.name if tool else delta.name}
+        if tool is not None and tool.namespace is not None:
+            item["namespace"] = tool.namespace
         index = len(self._output)
         self._output.append(item)
         self._texts, self._scored = [], []
