@@ -264,11 +264,8 @@ class Experts:
         if self.lookahead is not None:
             self.lookahead.guess_layer(moe_layer, x_TD)
         seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
-        self._cache.use_chunk(
-            moe_layer, indices, self._pass.later, seen_TD
-        )  # the disk is at work by now
-        if hybrid is not None:
-            hybrid.host.note_uses()
+        # The disk is at work by now, or the link.
+        self._cache.use_chunk(moe_layer, indices, self._pass.later, seen_TD)
         if self.timer is not None:
             self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)

@@ -66,6 +66,7 @@ class HostCompute:
         """The layer is over, or was broken off."""
         self._waiting = []
         self.host.release_all()
+        self.host.note_uses()
 
     def _acquire(self) -> None:
         """Ask the host tier for the next records."""
