@@ -98,6 +98,15 @@ def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh):
             decode(runtime, more, [])
         stop()
         assert torch.equal(decode(runtime, more, []), fresh(more))
+    # A state that a pass has begun to write is no place to go on from.
+    decode(runtime, ids, [5])
+    layers = set()
+    stop = runtime.model.experts.on_layer(lambda route: layers.add(route.moe_layer))
+    with failing(runtime, fail), pytest.raises(MemoryError):
+        decode(runtime, [*ids, 5, *other[:30]], [])
+    stop()
+    assert torch.equal(decode(runtime, [*ids[:399], 9], []), fresh([*ids[:399], 9]))
+    decode(runtime, more, [])
     # From a mark that a long pass has made or a decoder, or anywhere if none is needed; with a
     # delta rule they are rarer, and where a text has ended.
     for text, *marks in (more[:1300], 1280, 1023), (more[:800], 768, 399):
