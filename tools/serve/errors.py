@@ -1,8 +1,10 @@
 """Refusals, in the error envelope of the API that was called."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -53,33 +55,12 @@ def error_body(path: str, problem: RefusedError) -> Json:
     return {"error": {"message": problem.message, "type": kind, **about}}
 
 
-# What pydantic says of Python's objects, in words about fields.
-_WORDS = {
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "is not a JSON object"),
-    "missing": "is missing",
-    "extra_forbidden": "is not supported by this server",
-    "too_long": "has more than {max_length} items",
-    "too_short": "has fewer than {min_length} items",
-    "string_too_long": "has more than {max_length} characters",
-    "string_too_short": "is empty",
-    "union_tag_invalid": "has the unknown {discriminator} '{tag}', expected {expected_tags}",
-    "union_tag_not_found": "has no {discriminator}",
-}
-# The sentences by which the clients of an API know that they have to shorten a conversation.
-_TOO_LONG = {
-    ANTHROPIC_PATH: "prompt is too long: {tokens} tokens > {context} maximum",
-    "/v1/responses": "Your input exceeds the context window of this model. Please adjust your "
-    "input and try again. It has {tokens} tokens, the context holds {context}.",
-    "/v1/chat": "This model's maximum context length is {context} tokens. However, your messages "
-    "resulted in {tokens} tokens. Please reduce the length of the messages.",
-}
-# Why the paths are not served in which this is found.
+# By pydantic's names of errors, words about fields; by the beginning of a path, the sentence by
+# which its clients know that they have to shorten a conversation; by a part of it, why not served.
+_TEXTS: dict[str, dict[str, str]] = json.loads(
+    Path(__file__).with_suffix(".json").read_text("utf-8")
+)
 _ROUTES = "/openapi.json lists what is"
-_UNSERVED = {
-    "embed|rerank|score": "the model writes text, it gives no embeddings and scores",
-    "audio|image|video|realtime": "the model reads and writes text",
-    "/api/(pull|push|create|copy|delete|blobs)": "slotmoe run and rm fetch and remove models",
-}
 _MAX_PLACE = 300  # characters of a field's place that are repeated
 
 
@@ -97,7 +78,9 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
         status, headers, told = problem.status_code, problem.headers, str(problem.detail)
         if status == 404:
             path = request.url.path
-            why = next((why for kind, why in _UNSERVED.items() if re.search(kind, path)), _ROUTES)
+            why = next(
+                (why for kind, why in _TEXTS["unserved"].items() if re.search(kind, path)), _ROUTES
+            )
             told = f"{path[:100]!r} is not served here: {why}"
         refusal = RefusedError(told, status=status, headers=headers)
     else:
@@ -112,7 +95,9 @@ def _too_long(request: Request, problem: PromptError) -> str:
     """In the words of the API, with what the model has where that is more."""
     runtime, path = request.app.state.service.runtime, request.url.path
     context, limit = int(runtime.context), int(runtime.config.max_position_embeddings)
-    told = next((text for begin, text in _TOO_LONG.items() if path.startswith(begin)), None)
+    told = next(
+        (text for begin, text in _TEXTS["too_long"].items() if path.startswith(begin)), None
+    )
     if told is None:
         return str(problem)
     more = f" (start with a larger --context, the model has {limit})" * (context < limit)
@@ -150,7 +135,7 @@ def _reason(error: Json, place: list[str | int]) -> str:
     if len(where) > _MAX_PLACE:
         where = f"{where[:_MAX_PLACE]}\u2026"
     context = {name: str(value)[:_MAX_PLACE] for name, value in error.get("ctx", {}).items()}
-    words = _WORDS.get(error["type"])
+    words = _TEXTS["words"].get(error["type"])
     if words is not None:
         return f"{where or 'the body'} {words.format_map(context)}"
     reason = str(error["msg"]).removeprefix("Value error, ").replace("False", "false")
