@@ -103,7 +103,7 @@ def of_kernels(site: Path, wheels: Path | None) -> dict[int, list[Step]]:
             Step("kernel-tests", 180, [[*PYTEST, "-n", "12", *KERNELS, "-k", "not compile"]],
                  [[*PYTEST, "-n", "0", KERNELS[0], "-k", "weighted_sum"]]),
             Step("step-tests", 150, [[*PYTEST, "-n", "6", STEPS_OF]] * 3,
-                 [[*PYTEST, "-n", "0", STEPS_OF, "-k", "captured_function"]]),
+                 [[*PYTEST, "-n", "0", STEPS_OF, "-k", "captured_steps"]]),
             Step("gpu-tests", 80, [[*PYTEST, "-n", "0", "-m", "gpu",
                                     "tests/offload/test_on_gpu.py"]]),
         ],
