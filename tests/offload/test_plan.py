@@ -20,6 +20,7 @@ from slotmoe.offload.plan.memory import (
     kv_bytes,
     make_plan,
     mark_bytes,
+    scratch_bytes,
     sizes_of,
     waiting_bytes,
 )
@@ -150,6 +151,15 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
                 assert waiting == 8 * MARKS.tokens * row + marks
 
 
+SCRATCH = [("v2", 1, "triton", 167504640), ("v2-lite", 1, "torch", 163868928)]
+
+
+@pytest.mark.parametrize(("name", "tokens", "kernels", "size"), SCRATCH)
+def test_scratch(name, tokens, kernels, size):
+    """Where the least parts are the largest; a change of these is meant."""
+    assert scratch_bytes(geometry(name), tokens, kernels) == size
+
+
 @pytest.fixture
 def plan(slotmoe, tmp_path, monkeypatch):
     """Run ``slotmoe plan``: exit code, stdout, stderr."""
@@ -169,6 +179,7 @@ def test_a_model_that_does_not_fit_gets_three_ways_out_that_work(plan, planned):
     report, text = planned(*arguments), plan(*arguments)[1]
     assert not report["fits"]
     assert report["shortfall"] == report["total"]["vram"] - report["budget"]["vram"]
+    assert report["components"]["runtime"]["ram"] > GIB  # CUDA's libraries are 1 GiB
     assert len(report["ways_out"]) == 3
     for way in report["ways_out"]:
         assert way in " ".join(text.split())

@@ -205,8 +205,7 @@ class Grammars:
                 step_max_items=items[1],
             )
             matcher = LLMatcher(tables, rules, log_level=0, limits=limits)
-            if whole or matcher.is_error():
-                reason = (whole or matcher.get_error())[:200]
+            if reason := (whole or matcher.get_error())[:200]:
                 raise RefusedError(f"the schemas can't be followed together ({reason})")
             mask = Mask(matcher, self._source.size, [*chain.from_iterable(names)], forces)
             mask.allowed()  # here it holds nobody up
