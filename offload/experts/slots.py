@@ -35,6 +35,7 @@ from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.quant.backends.base import Prepared, Records
 
+_FILL_BYTES = 64 << 20  # on their way into free room at once, or some records
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 
 
@@ -241,7 +242,7 @@ class Slots:
         reads, new = [read for slot, read in coming if slot.state is READING], list[Read]()
         room = self.room()
         # A demand's copy waits for the one that is under way, so it is never more than one.
-        most = 1 if self._device.queues else LENT
+        most = 1 if self._device.queues else max(LENT, _FILL_BYTES // self.slab.shape[1])
         while room and len(reads) < most and (expert_id := self.store.to_fill()) is not None:
             slot = self._begin(expert_id, FILL, new)
             assert slot.read is not None
