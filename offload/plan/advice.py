@@ -293,12 +293,6 @@ class Scenario:
             ways.append(f"{again}--resident mixed and --context {shorter}")
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
-        lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
-        context = min(self.context, lite.config.max_position_embeddings)
-        smaller = Scenario(lite, self.machine, "int8", self.codecs, context)
-        if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
-            size = format_size(sum(smaller.sizes.resident.values()))
-            ways.append(f"a smaller model: v2-lite, {size} of resident weights")
         needs = by_tier(by_name(self.plan))
         raised = [f"--{tier} {_rounded_up(needs[tier])}" for tier in self.plan.shortfall]
         return [*ways, " and ".join(raised)][:3]
