@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,15 +80,15 @@ class HostCompute:
             if read.error is not None:
                 raise read.error
         started, experts = time.perf_counter(), self.host.cache.experts
-        slots_E = torch.full((experts,), -1, dtype=torch.int32)
+        slots_E, chosen_N = np.full(experts, -1, np.int32), self._indices_TK.numpy().reshape(-1)
         for read in ready:
             slots_E[read.expert_id - moe_layer * experts] = self.host.acquired[read].index
-        uses = (slots_E[self._indices_TK] >= 0).flatten().nonzero()[:, 0]
-        tokens = uses // self._indices_TK.shape[1]
+        found_N = np.flatnonzero(slots_E[chosen_N] >= 0)
+        uses, indices_N1 = map(torch.from_numpy, (found_N, chosen_N[found_N][:, None]))
         # Each use is a token of its own with one expert, so only what is computed has memory.
+        x_ND = self._x_TD[uses // self._indices_TK.shape[1]]
         y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
-        indices_N1 = self._indices_TK.flatten()[uses][:, None]
-        self.backend.experts(self._x_TD[tokens], self.records, slots_E, indices_N1, y_N1D)
+        self.backend.experts(x_ND, self.records, torch.from_numpy(slots_E), indices_N1, y_N1D)
         self._device.write(y_N1D[:, 0], y_TKD.flatten(0, 1), uses)
         self.seconds += time.perf_counter() - started
         for read in ready:
