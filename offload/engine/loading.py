@@ -350,7 +350,10 @@ class _Loader:
         opened.callback(experts.slots.close)
         network = Network(config, weights, backend, experts, PREFILL_CHUNK)
         if isinstance(store, HostTier):
-            self._ready(store, experts)
+            if told := store.pinned.announced():
+                self._notify(told)
+            top_k = config.num_experts_per_tok
+            device.run(lambda: experts.load_kernels(config.hidden_size, top_k), "a lower --vram")
         head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
         states = [
             new_state(config, self._context, backend.latent_row, device.empty, plan.marks)
@@ -358,24 +361,6 @@ class _Loader:
         ]
         parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}
         return network, {**parts, "store": store, "head": head}
-
-    def _ready(self, host: HostTier, experts: Experts) -> None:
-        """Before any record is copied: say how long locking RAM takes, and load the kernels of a
-        layer's experts, for which the GPU might wait until all copies have ended."""
-        if told := host.pinned.announced():
-            self._notify(told)
-        D, K = self._config.hidden_size, self._config.num_experts_per_tok
-
-        @torch.inference_mode()
-        def compute_none() -> None:
-            x_TD, y_TKD = (self._device.empty((1, *n, D), torch.float32) for n in ((), (K,)))
-            indices_TK = self._device.empty((1, K), torch.int64).zero_()
-            slots_E = self._device.upload(torch.full((self._config.n_routed_experts,), -1).int())
-            self._backend.experts(x_TD.zero_(), experts.records, slots_E, indices_TK, y_TKD)
-            self._backend.weighted_sum(y_TKD.zero_(), y_TKD[..., 0].clone())
-            self._device.download(indices_TK, x_TD).get()
-
-        self._device.run(compute_none, "a lower --vram")
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
@@ -414,8 +399,8 @@ class _Loader:
     def _cache(self, slots: int) -> Cache:
         """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
-        asked = self._options.cache_policy or DEFAULT_POLICY
-        policy = asked if slots < layers * experts else "lru"
+        policy = self._options.cache_policy or DEFAULT_POLICY
+        policy = policy if slots < layers * experts else "lru"
         native = load() if self._options.kernels == "auto" else None
         return make_cache(policy, slots, layers, experts, native)
 
@@ -449,10 +434,8 @@ class _Loader:
                 rates = stored_bandwidths(path := cache_folder() / "machine.json", device.name)
                 room = plan.host_budget - plan.host["runtime"]
                 if options.misses == "auto" and room >= LINK_BYTES:
-                    codecs = export.layout.codecs
-                    rates = with_link(
-                        rates, path, self._notify, device, slots.slab, cpu, codecs=codecs
-                    )
+                    given = path, self._notify, device, slots.slab, cpu
+                    rates = with_link(rates, *given, codecs=export.layout.codecs)
                 assert self._sizes is not None
                 on = config, self._sizes, plan, rates, cpu.threads, export.random_weights
                 misses = Setting(*on).with_mode(options.misses).misses

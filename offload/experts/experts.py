@@ -149,6 +149,19 @@ class Experts:
         """How a missing expert is computed, as ``Split`` says."""
         return "fetch" if self.hybrid is None else self.hybrid.split.mode
 
+    @torch.inference_mode()
+    def load_kernels(self, hidden_size: int, top_k: int) -> None:
+        """Compute a token's absent experts, before any record is copied: for a kernel that is not
+        loaded the GPU might wait until all copies have ended."""
+        device, backend = self._device, self._backend
+        shapes = (1, hidden_size), (1, top_k, hidden_size)
+        x_TD, y_TKD = (device.empty(shape, torch.float32).zero_() for shape in shapes)
+        indices_TK = device.empty((1, top_k), torch.int64).zero_()
+        slots_E = device.upload(self._none_ME[0])
+        backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
+        backend.weighted_sum(y_TKD, y_TKD[..., 0].clone())
+        device.download(indices_TK, x_TD).get()
+
     # The network's side
 
     def slot_table(self) -> SlotTable:

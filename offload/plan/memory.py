@@ -96,9 +96,8 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
         if (most := max(windows) - 1) >= 0:
             yield _Kept(0, 0, most, most, (len(layers) - full) * own)
         if (d := config.delta) is not None:
-            rules, most = windows.count(-1), CONVOLVED - 1
-            yield _Kept(0, 0, most, most, rules * 4 * d.columns)
-            yield _Kept(0, 0, 1, 1, rules * 4 * d.state_values, held=2)
+            yield _Kept(0, 0, CONVOLVED - 1, CONVOLVED - 1, windows.count(-1) * 4 * d.columns)
+            yield _Kept(0, 0, 1, 1, windows.count(-1) * 4 * d.state_values, held=2)
         return
     if c is None:
         latent = row(config.kv_lora_rank, config.qk_rope_head_dim)
