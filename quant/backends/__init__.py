@@ -78,7 +78,7 @@ def _compile_problem(compiler: str, headers: Path) -> str:
     """Why ``compiler`` makes no library with Python's ``headers``; empty if it does."""
     with TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
-        source.write_text("#include <Python.h>\n")
+        source.write_text("#include <Python.h>\n", encoding="utf-8")
         command = [compiler, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", f"{source}.so"]
         try:
             run = subprocess.run(command, capture_output=True, text=True, errors="replace")
