@@ -315,7 +315,7 @@ class GroupedCache(SequenceState):
             rows = new(groups * count, Tail.room(most), width, width)
             tails = [Tail(rows, lambda length: min(length, most), (width, width))]
         self.window = tails[0] if tails else None
-        self.rows = kept[0].rows if kept else new(0, 0, width, width)
+        self.rows = kept[0].rows if kept else new(1, 1, width, width)[:0]
         super().__init__(context, kept, [*tails, *more], marks)
 
     def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:

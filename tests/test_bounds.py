@@ -12,21 +12,21 @@ PRODUCT = ("model", "quant", "offload", "tools", "slotmoe")
 SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
-    "model": 5_005,
-    "quant": 5_965,
-    "offload": 10_627,
-    "tools": 8_042,
-    "slotmoe": 2_026,
-    "product": 31_665,
-    "bench": 1_098,
-    "tests": 18_278,
-    "campaigns": 3_434,
+    "model": 5_323,
+    "quant": 6_184,
+    "offload": 11_092,
+    "tools": 8_338,
+    "slotmoe": 2_230,
+    "product": 33_167,
+    "bench": 1_099,
+    "tests": 19_505,
+    "campaigns": 3_393,
     # its files
     "product files": 150,
     # lines of C++ and headers
-    "C++": 6_255,
+    "C++": 6_808,
     # words of README.md and docs/
-    "words": 20_390,
+    "words": 20_759,
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample

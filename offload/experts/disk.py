@@ -243,7 +243,8 @@ class DiskReader:
                     if self._closing:
                         return
                     # What a slow drive has left to others is looked at again, if they leave it too.
-                    self._work[drive.number].wait(_AGAIN_SECONDS if self._queue else None)
+                    again = self._queue and not self._is_kept(self._queue[0][0])
+                    self._work[drive.number].wait(_AGAIN_SECONDS if again else None)
             self._read(drive, *piece)
             if piece[0].done:
                 self._tell()
@@ -254,6 +255,10 @@ class DiskReader:
         left = [len(read.buffer) - read.taken for *_, read in self._queue if not read.cancelled]
         return sum(left) // self._piece
 
+    def _is_kept(self, urgency: int) -> bool:
+        """Whether others keep it: half of the threads fill slots, so a demand finds some free."""
+        return urgency == FILL and self._meter.running >= len(self._threads) / 2
+
     def _take(self, drive: Drive) -> tuple[Read, int, int] | None:
         """A drive's next piece, (read, start, stop) in bytes of the record; the lock is held."""
         while self._queue:
@@ -263,10 +268,7 @@ class DiskReader:
             if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
-            # A demand that comes meanwhile finds threads that are free.
-            if urgency == FILL and self._meter.running >= len(self._threads) / 2:
-                return None
-            if not self.drives.takes(drive, self._waiting):
+            if self._is_kept(urgency) or not self.drives.takes(drive, self._waiting):
                 return None
             start, read.taken = read.taken, min(read.taken + self._piece, total)
             read.outstanding += 1

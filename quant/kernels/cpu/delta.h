@@ -41,7 +41,7 @@ struct Columns {
 
 // Each token's change of the state is made while the next one's products with it are.
 template <bool kWhole>
-SLOTMOE_NOINLINE void delta_columns(const DeltaBlock& d) {
+SLOTMOE_NOINLINE void delta_columns(const DeltaBlock d) {  // its own copy: stores can't change that
     const Columns<kWhole> columns{d.columns};
     const int64_t apart = kWhole ? kDeltaColumns : d.columns;
     const float* state = d.before;
