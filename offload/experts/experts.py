@@ -180,8 +180,7 @@ class Experts:
             if self.hybrid is not None:
                 self.hybrid.host.advance(tokens)
             self.slots.fill_behind()
-        self._apart = sequences > 1
-        self.go_on(tokens)
+        self._apart, self._pass = sequences > 1, Progress(tokens)
         if self.lookahead is None:
             return False
         self.lookahead.begin()
