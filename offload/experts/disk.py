@@ -187,7 +187,8 @@ class DiskReader:
                     raise ConfigError(CLOSED)
                 if finished := [read for read in reads if read.done]:
                     return finished
-                piece = self._take(drive := self.drives.fastest()) if self._helps else None
+                drive = self.drives.fastest()
+                piece = self._take(drive, fills=False) if self._helps else None
             if piece is None:
                 self._arrived.get()
             else:
@@ -259,8 +260,9 @@ class DiskReader:
         """Whether others keep it: half of the threads fill slots, so a demand finds some free."""
         return urgency == FILL and self._meter.running >= len(self._threads) / 2
 
-    def _take(self, drive: Drive) -> tuple[Read, int, int] | None:
-        """A drive's next piece, (read, start, stop) in bytes of the record; the lock is held."""
+    def _take(self, drive: Drive, fills: bool = True) -> tuple[Read, int, int] | None:
+        """A drive's next piece, (read, start, stop) in bytes of the record, if it ``fills`` also of
+        what fills slots; the lock is held."""
         while self._queue:
             urgency, _, read = self._queue[0]
             total = len(read.buffer)
@@ -268,7 +270,8 @@ class DiskReader:
             if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
-            if self._is_kept(urgency) or not self.drives.takes(drive, self._waiting):
+            kept = self._is_kept(urgency) or (urgency == FILL and not fills)
+            if kept or not self.drives.takes(drive, self._waiting):
                 return None
             start, read.taken = read.taken, min(read.taken + self._piece, total)
             read.outstanding += 1

@@ -54,7 +54,7 @@ EVERY = {**{name: (V2, overrides) for name, overrides in V2_CASES.items()}, **CA
 
 
 @pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("name", nth(2, EVERY))
+@pytest.mark.parametrize("name", nth(3, EVERY))
 def test_reference_path_equals_transformers(name, tmp_path):
     family, overrides = EVERY[name]
     write_family(tmp_path, family, torch.bfloat16 if family == V2 else torch.float32, **overrides)

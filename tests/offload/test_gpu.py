@@ -209,6 +209,7 @@ def test_runtime_tells_its_device_and_measures_a_link(on_twin, sample_export, mo
         Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
 
 
+@pytest.mark.slow
 def test_bench_measures_all_that_plan_can_know_of_a_gpu(on_twin):
     with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
         runtime.warm()

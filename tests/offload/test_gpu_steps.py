@@ -27,7 +27,6 @@ from slotmoe.quant.shapes import resident_quantization
 from tests.support import simulated
 from tests.support.engine import start, whole
 from tests.support.oracle import relative
-from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.streams import Recorded
 from tests.support.tiny import CONFIG, SMALL, random_weights
@@ -50,7 +49,6 @@ CONFIGS = {
     "bf16": ("bf16", {}),
     "int8, pairs side by side": ("int8", SIZES),
 }
-EACH = 1 if DEVICE.type == "cuda" else 4  # of what an interpreter takes long for; others nightly
 
 
 def make_network(backend, resident="int8", complete=False, **overrides):
@@ -101,7 +99,8 @@ def few_splits():
             yield
 
 
-@pytest.mark.parametrize("case", nth(EACH, CONFIGS))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CONFIGS)
 def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     resident, overrides = CONFIGS[case]
     ids = torch.tensor([3, 30], device=DEVICE)
@@ -197,7 +196,8 @@ def ran(small_export):
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
-@pytest.mark.parametrize("way", nth(6, WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_an_engine_gives_the_same_bits_in_each_way(ran, way):
     """With every expert in a slot there is one graph, and a watcher hears of every choice.  What
     the CPU computes differs by rounding alone."""

@@ -92,7 +92,7 @@ def outputs(ops, x_TD, records, slots_E, indices_TK):
 CODINGS = {**EXPERT_CODECS, "kept": ExpertCodecs(MXFP4, MXFP4)}
 
 
-@pytest.mark.parametrize(("T", "coding"), nth_interpreted(4, product(TOKENS, CODINGS)), ids=str)
+@pytest.mark.parametrize(("T", "coding"), nth_interpreted(7, product(TOKENS, CODINGS)), ids=str)
 def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
     records, indices_TK = make_records(4, 128, 48, CODINGS[coding]), choice(T)
     x_TD = randn(T, 128)
