@@ -26,7 +26,7 @@ BOUNDS = {
     # lines of C++ and headers
     "C++": 6_808,
     # words of README.md and docs/
-    "words": 20_759,
+    "words": 20_799,
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample
