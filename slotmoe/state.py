@@ -53,6 +53,10 @@ class Rows:
         """Those rows."""
         return self.rows[:, start // self.ratio : end // self.ratio]
 
+    def put(self, start: int, end: int, rows: Tensor) -> None:
+        """They are the first of ``rows`` from now on."""
+        self.between(start, end)[:] = rows[:, : self.count(start, end)]
+
 
 class Group(Rows):
     """Compressed rows of some layers, and the ``open`` tokens', [L, tokens, 2, Y]: what ``kv_proj``
@@ -129,7 +133,7 @@ class SequenceState:
     def copy(self, source: "SequenceState", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which it can be cut to."""
         for kept, others in zip(self._kept, source._kept, strict=True):
-            kept.between(0, length)[:] = others.between(0, length)
+            kept.put(0, length, others.between(0, length))
         for tail, other in zip(self._tails, source._tails, strict=True):
             tail.load(length, other.last(length))
             tail.marks = {**other.marks}
@@ -193,7 +197,7 @@ class SequenceState:
         ``stop`` have added.  ``resume`` makes them count."""
         parts = _split_bytes(data, ((kept.rows, kept.count(start, end)) for kept in self._kept))
         for kept, part in zip(self._kept, parts, strict=True):
-            kept.between(start, stop)[:] = part[:, : kept.count(start, stop)]
+            kept.put(start, stop, part)
         self._written = max(self._written, stop)
 
     def snapshot_bytes(self, length: int) -> int:

@@ -440,10 +440,10 @@ class _Loader:
                 on = config, self._sizes, plan, rates, cpu.threads, export.random_weights
                 misses = Setting(*on).with_mode(options.misses).misses
                 split = Split(misses, cpu_cost(rates))
-            in_ram = Records(store.slab, export.layout, levels)
+            in_ram = Records(store.slab.tensor.view(-1, size), export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
-        records = Records(slots.slab, export.layout, levels)
+        records = Records(slots.slab.tensor.view(-1, size), export.layout, levels)
         return Experts(
             config.moe_layers, records, slots, self._backend, device,
             lookahead, hybrid, config.mtp,

@@ -223,7 +223,7 @@ def test_a_child_process_has_no_copy_of_page_locked_ram(on_twin):
     """Else a write after a fork would move the page away from under a copy to the GPU."""
     common = page_aligned(1 << 20)
     with on_twin(Twin(), 40, misses="fetch", slots=22) as runtime:
-        slab = runtime.model.store.slab
+        slab = runtime.model.store.slab.tensor
         for memory, end in ((common, 0), (slab, -signal.SIGSEGV)):
             assert os.waitstatus_to_exitcode(forked(partial(quiet_read, memory))) == end
 
