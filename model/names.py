@@ -8,7 +8,8 @@ network uses it, which limits how it can be stored (``slotmoe.quant.shapes``): `
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -350,7 +351,8 @@ def stored_rows(name: str, config: Config) -> tuple[str, int, list[range]] | Non
 _SIZES_OF = {"latent": _sizes_of_mla, "compressed": _sizes_of_v4, "grouped": _sizes_of_groups}
 
 
-def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=4)  # a plan asks for the same over and over
+def resident_shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of all but the routed experts, in the order of the forward pass."""
     shapes: dict[str, tuple[int, ...]] = {}
 

@@ -16,7 +16,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from tests.support.twin import Twin
 
-RATES = {"pcie": 2e7, "pcie_busy": 1e7, "experts": 3e7}
+RATES = {"pcie": 2e6, "pcie_busy": 1e6, "experts": 2.5e6}
 
 
 @pytest.fixture
@@ -27,24 +27,24 @@ def kept(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def opened(twin, kept, sample_export, monkeypatch):
-    """Opens the sample on a twin that is measured to have ``rates``: its mode, how often it was
+def opened(kept, twin_export, monkeypatch):
+    """Opens a model on a twin that is measured to have ``rates``: its mode, how often it was
     measured since the last time, and what was said."""
     measured, said = [], []
 
-    def open_sample(rates=RATES, **options):
+    def open_it(rates=RATES, **options):
         monkeypatch.setattr(link, "measure_link", lambda *_: measured.append(1) or rates)
         chosen = Twin(), "a test"
         monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted, notify: chosen)
-        given = {"context": 64, "threads": 1, "notify": said.append, "slots": 40, **options}
-        with Runtime.open(sample_export, **given) as runtime:
+        given = {"context": 64, "threads": 1, "notify": said.append, "slots": 9, **options}
+        with Runtime.open(twin_export, **given) as runtime:
             mode = runtime.stats()["misses"]["mode"]
         result = mode, len(measured), list(said)
         measured.clear()
         said.clear()
         return result
 
-    return open_sample
+    return open_it
 
 
 @pytest.mark.parametrize(
