@@ -27,7 +27,7 @@ from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import json_of, show
-from slotmoe.tools.sessions import ago, described, session_facts, sessions_in
+from slotmoe.tools.sessions import ago, described, sessions_in
 from slotmoe.tools.tables import byte_bars
 
 
@@ -47,7 +47,12 @@ def list_command(as_json: bool, sessions: bool, session_dir: Path) -> None:
       slotmoe list --sessions
     """
     if sessions:
-        print(json_of(session_facts(session_dir))) if as_json else show(*described(session_dir))
+        kept = sessions_in(session_dir)
+        if as_json:
+            shown = [session | {"used": timestamp(session["used"])} for session in kept]
+            print(json_of({"folder": str(session_dir), "sessions": shown}))
+        else:
+            show(*described(session_dir, kept))
         return
     folder = cache_folder()
     cached = listing(folder)
@@ -96,7 +101,7 @@ def rm_command(
     chosen = [] if sessions else find(folder, names)
     removed = [export.name for export in chosen] or [*dict.fromkeys(names)]
     if is_all:
-        removed = [session.name for session in sessions_in(folder)]
+        removed = [session["name"] for session in sessions_in(folder)]
     size = "" if sessions else f", {format_size(sum(export.bytes for export in chosen))}"
     called = one_line(", ".join(removed) or f"{folder}: unnamed texts")
     asks = not given["yes"] and sys.stdin.isatty() and sys.stderr.isatty()

@@ -153,7 +153,12 @@ def _serve(
             server.should_exit = True
 
         if client is not None:
-            Thread(target=_end_behind, args=(client, server), daemon=True).start()
+
+            def end_behind() -> None:
+                client.wait()
+                server.should_exit = True
+
+            Thread(target=end_behind, daemon=True).start()
         with Stopping(stop, once=client is None) as stopping:
             server.run(sockets=[listener])
         problem = service.engine.problem
@@ -166,11 +171,6 @@ def _serve(
         return 0
     options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return 1
-
-
-def _end_behind(client: "subprocess.Popen[bytes]", server: "uvicorn.Server") -> None:
-    client.wait()
-    server.should_exit = True
 
 
 @click.command(
@@ -285,10 +285,7 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     """All API keys: of the options, the file and the environment.  Raises ``ConfigError``."""
     keys = [*given]
     if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ConfigError(f"{file}: is not UTF-8 text, expected API keys, one a line") from None
+        lines = options.decoded(Path(file).read_bytes(), f"{file}:").splitlines()
         keys += [line.strip() for line in lines if line.strip()]
         if len(keys) == len(given):
             raise ConfigError(f"{file}: holds no API key, expected one a line")

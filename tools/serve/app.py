@@ -70,7 +70,6 @@ def metrics(service: Serving) -> Response:
 class TokenizeRequest(openai.Templated):
     """In vLLM's form: of ``prompt``, or of ``messages`` as the model reads them."""
 
-    model: requests.Label | None = None
     prompt: requests.Text | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -108,7 +107,6 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
 
 
 class TemplateRequest(openai.Templated):
-    model: requests.Label | None = None
     messages: requests.Messages
 
 
@@ -156,12 +154,10 @@ def _schema(shape: object) -> Json:
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:
     """The application; where it ``has_keys``, ``Guard`` in front of it asks for them."""
-    app = Application(
-        title="slotmoe", version=__version__, docs_url=None, redoc_url=None, responses=_REFUSALS
-    )
+    about: Json = {"title": "slotmoe", "version": __version__, "responses": _REFUSALS}
+    about["exception_handlers"] = dict.fromkeys(HANDLED, error_response)
+    app = Application(**about, docs_url=None, redoc_url=None)
     app.state.service = service
-    for kind in HANDLED:
-        app.add_exception_handler(kind, error_response)
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
     for router in (routes, openai.router, responses.router, anthropic.router, ollama.router):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import msgspec
+
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Splitter, Tokenizer, overlap
 from slotmoe.tools.serve.requests import Call, Function
@@ -62,10 +64,8 @@ class CallFormat:
 # https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".  Those of V3.2 and V4
 # are as their folder ``encoding`` has them, HARMONY as ``slotmoe.model.tokenizer.Messages`` passes
 # gpt-oss' calls on.
-_ROWS: Json = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-for _row in _ROWS.values():
-    _row |= {name: tuple(value) for name, value in _row.items() if isinstance(value, list)}
-FORMATS = {name: CallFormat(**row) for name, row in _ROWS.items()}
+_TABLE = Path(__file__).with_suffix(".json").read_bytes()
+FORMATS = msgspec.json.decode(_TABLE, type=dict[str, CallFormat])
 PLAIN = FORMATS["PLAIN"]
 OUTPUTS, OUTPUT, END_OUTPUT, END_OUTPUTS = (
     f"<\uff5ctool\u2581{name}\uff5c>"

@@ -39,9 +39,7 @@ class Dialect:
         if any(m.inserted for m in messages) and not self._inserts:
             messages = _told_by_user(messages)
         turns, tools = with_results(messages), None
-        functions = list[requests.Function]()
-        if policy is not None:
-            functions = [f for f in policy.functions if f.name not in policy.deferred]
+        functions = policy.functions if policy is not None else ()
         if self.format.structured:
             written = self._structured(_apart(turns) if self.format.single else turns)
         else:

@@ -128,6 +128,7 @@ class OpenAIRequest(requests.GenerationRequest):
 class Templated(requests.Fields):
     """A conversation, and how the chat template writes it."""
 
+    model: requests.Label | None = None
     messages: requests.Messages | None = None
     tools: requests.Tools | None = None
     add_generation_prompt: bool | None = Field(None, description="if false, no answer is begun")

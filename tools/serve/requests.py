@@ -165,19 +165,17 @@ class Rule(NamedTuple):
 
 
 class JsonSchema(Fields):
-    definition: Annotated[Json, Field(alias="schema")]
+    definition: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(Fields):
-    """The schema of a ``json_schema`` is an object by itself in the chat, and in line in responses;
+class ResponseFormat(JsonSchema):
+    """The schema of a ``json_schema`` is an object by itself in the chat, and in line elsewhere;
     llama.cpp's ``json_object`` may have one too."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     name: Label | None = None
-    definition: Annotated[Json | None, Field(alias="schema")] = None
-    strict: bool | None = None
 
     @property
     def wanted(self) -> Rule | None:
@@ -185,7 +183,7 @@ class ResponseFormat(Fields):
         given = self.json_schema or self
         definition = given.definition
         if definition is None and self.type == "json_schema":
-            raise RefusedError("response_format: the schema is missing", "response_format")
+            raise RefusedError("the schema of a format is missing", "response_format")
         if definition is None and self.type == "json_object":
             definition = {"type": "object"}
         if definition is None:
@@ -268,8 +266,11 @@ class Thinking(Fields):
         return {"disabled": "none", "enabled": wanted or "high"}.get(self.type)
 
 
-class CalledFunction(Fields):
+class FunctionName(Fields):
     name: Name
+
+
+class CalledFunction(FunctionName):
     arguments: Text  # JSON
 
 
@@ -300,12 +301,10 @@ class ChatMessage(Fields):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, message: object) -> object:
-        if not isinstance(message, dict) or message.get("role") != "tool":
-            return message
-        parts = message.get("content")
-        return (
-            {**message, "content": [*map(readable, parts)]} if isinstance(parts, list) else message
-        )
+        match message:
+            case {"role": "tool", "content": [*parts]}:
+                return {**message, "content": [*map(readable, parts)]}
+        return message
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ChatMessage":
@@ -339,10 +338,9 @@ def with_system(texts: Iterable[str | None], messages: list[Message]) -> list[Me
     return [Message("system", text), *rest] if text else rest
 
 
-class Function(Fields):
+class Function(FunctionName):
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
-    name: Name
     description: Description | None = None
     parameters: Json | None = None
     strict: bool | None = None  # no keyword of the schema may be relaxed
@@ -358,10 +356,6 @@ class Function(Fields):
         return {**self.parameters, "type": "object"}
 
 
-class FunctionName(Fields):
-    name: Name
-
-
 class FunctionTool(Fields):
     type: Literal["function"]
     function: Function
@@ -370,13 +364,12 @@ class FunctionTool(Fields):
 @dataclass(frozen=True)
 class ToolPolicy:
     """The model may call those of ``allowed``, must call if ``required``, and calls once if
-    ``single``.  All ``functions`` are described to it, the ``deferred`` ones in messages."""
+    ``single``.  ``functions`` are described to it before all messages, others in them."""
 
     functions: Sequence[Function]
     allowed: Sequence[Function]
     required: bool
     single: bool
-    deferred: frozenset[str] = frozenset()
 
 
 def tool_policy(

@@ -177,11 +177,9 @@ class ResponsesRequest(requests.GenerationRequest):
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
-        form = self.text.format if self.text is not None else None
-        effort = self.reasoning.effort if self.reasoning is not None else None
+        form, effort = self.text and self.text.format, self.reasoning and self.reasoning.effort
         messages = requests.with_system([self.instructions], said)
-        wanted = form.wanted if form is not None else None
-        return requests.Conversation(messages, policy, wanted, effort)
+        return requests.Conversation(messages, policy, form and form.wanted, effort)
 
     def options(self) -> requests.AnswerOptions:
         is_scored = self.top_logprobs is not None or _SCORES in (self.include or ())
