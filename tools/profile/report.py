@@ -53,6 +53,25 @@ DEFAULT_PROMPT = (
 
 def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Json, Stopping]:
     """The report, and what may have stopped the run."""
+    report, stopping, lasting = _observed(model, prompt, quiet, options)
+    # The model is closed by now, because measuring takes memory of its own.
+    room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
+    ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
+    latency = measure.disk_latency(lasting.export)
+    rates = {"ram": ram, "disk": sum(disk), **report["bandwidths"]}
+    report["bandwidths"] = {**rates, "disk_latency": latency}
+    known = stored_bandwidths(cache_folder() / "machine.json", lasting.gpu)
+    setting = lasting.setting(known.updated("measured", latency=latency, **rates))
+    tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
+    report["verdict"] = verdict(report, setting)
+    report["predicted"] = measure.predict(setting, *tokens)
+    return report, stopping
+
+
+def _observed(
+    model: str, prompt: str | None, quiet: bool, options: Json
+) -> tuple[Json, Stopping, measure.Lasting]:
+    """What was seen of the run, what may have stopped it, and what lasts of the closed model."""
     warm, trace = options.pop("warm"), options.pop("trace")
     arguments, words = generation_arguments(options), list[str]()
     most = arguments["max_new_tokens"]
@@ -87,18 +106,7 @@ def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Jso
     report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
     asked = {key: value for key, value in options.items() if value is not None}
     report["settings"] = asked | report["settings"]
-    # The model is closed by now, because measuring takes memory of its own.
-    room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
-    ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
-    latency = measure.disk_latency(lasting.export)
-    rates = {"ram": ram, "disk": sum(disk), **report["bandwidths"]}
-    report["bandwidths"] = {**rates, "disk_latency": latency}
-    known = stored_bandwidths(cache_folder() / "machine.json", lasting.gpu)
-    setting = lasting.setting(known.updated("measured", latency=latency, **rates))
-    tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
-    report["verdict"] = verdict(report, setting)
-    report["predicted"] = measure.predict(setting, *tokens)
-    return report, stopping
+    return report, stopping, lasting
 
 
 def _measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:

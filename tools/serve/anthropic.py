@@ -8,7 +8,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 from xml.sax.saxutils import quoteattr
 
 from fastapi import APIRouter, Request, Response
@@ -187,11 +187,6 @@ class OutputConfig(requests.Fields):
 class CountRequest(requests.Fields):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
-    refused: ClassVar = {
-        "billing_policy": "nothing is billed",
-        "compaction": "a conversation is read whole",
-        "mcp_servers": "the server calls no others",
-    }
     model: requests.Label | None = Field(None, description="the open one if null")
     messages: Annotated[list[Turn], requests.SOME]
     system: Content | None = None
@@ -225,12 +220,6 @@ class CountRequest(requests.Fields):
 class MessagesRequest(CountRequest, requests.GenerationRequest):
     """``/v1/messages``."""
 
-    refused: ClassVar = {
-        **CountRequest.refused,
-        "container": "the server runs no code",
-        "fallback_credit_token": "nothing is billed",
-        "fallbacks": "the server has one model",
-    }
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=0), requests.Whole]
     stop_sequences: requests.Stops | None = None

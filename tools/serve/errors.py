@@ -55,11 +55,10 @@ def error_body(path: str, problem: RefusedError) -> Json:
     return {"error": {"message": problem.message, "type": kind, **about}}
 
 
-# By pydantic's names of errors, words about fields; by the beginning of a path, the sentence by
-# which its clients know that they have to shorten a conversation; by a part of it, why not served.
-_TEXTS: dict[str, dict[str, str]] = json.loads(
-    Path(__file__).with_suffix(".json").read_text("utf-8")
-)
+# By pydantic's names of errors, words about fields.  By patterns of a path, the sentence by which
+# its clients know that they have to shorten a conversation, and why it is not served.  By a
+# request's class, the fields that are refused, and why.
+TEXTS: Json = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 _MAX_PLACE = 300  # characters of a field's place that are repeated
 
 
@@ -98,7 +97,7 @@ def _too_long(request: Request, problem: PromptError) -> str:
 
 def _text_of(kind: str, request: Request) -> str:
     """What is to be said of a request's path, if anything."""
-    texts, path = _TEXTS[kind].items(), request.url.path
+    texts, path = TEXTS[kind].items(), request.url.path
     return next((text for pattern, text in texts if re.search(pattern, path)), "")
 
 
@@ -133,7 +132,7 @@ def _reason(error: Json, place: list[str | int]) -> str:
     if len(where) > _MAX_PLACE:
         where = f"{where[:_MAX_PLACE]}\u2026"
     context = {name: str(value)[:_MAX_PLACE] for name, value in error.get("ctx", {}).items()}
-    words = _TEXTS["words"].get(error["type"])
+    words = TEXTS["words"].get(error["type"])
     if words is not None:
         return f"{where or 'the body'} {words.format_map(context)}"
     reason = str(error["msg"]).removeprefix("Value error, ").replace("False", "false")

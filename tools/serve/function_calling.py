@@ -114,12 +114,12 @@ class Dialect:
         """Calls, results and what follows them as one message of the assistant: DeepSeek-V2.5's
         template itself loses text beside calls and parts of calls and results."""
         written, goes_on = list[Json](), False
+        begin, before, behind, end = self.format.outputs
         for message, results in turns:
             text = message.text + self.format.write(message.calls)
             if results:
-                texts = [formats.OUTPUT + result.text + formats.END_OUTPUT for result in results]
-                outputs = formats.OUTPUTS + "\n".join(texts) + formats.END_OUTPUTS
-                text += self._tokenizer.eos_token + outputs
+                texts = [f"{before}{result.text}{behind}" for result in results]
+                text += self._tokenizer.eos_token + begin + "\n".join(texts) + end
             if goes_on and message.role == "assistant":
                 written[-1]["content"] += text
             else:

@@ -45,7 +45,6 @@ class OllamaCall(requests.Fields):
 
 class OllamaMessage(requests.Fields):
     inside = "messages"
-    refused: ClassVar = {"images": "the model reads text"}
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = None
     thinking: Text | None = None
@@ -114,7 +113,6 @@ class OllamaChatRequest(OllamaRequest):
 
 
 class GenerateRequest(OllamaRequest):
-    refused: ClassVar = {"context": "send messages to /api/chat", "images": "the model reads text"}
     prompt: Text | None = None
     suffix: Text | None = None
     system: Text | None = None

@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, Field, Tag
@@ -161,13 +161,6 @@ class Templated(requests.Fields):
 class ChatRequest(OpenAIRequest, Templated):
     """``/v1/chat/completions``."""
 
-    refused: ClassVar = {
-        "audio": "answers are text",
-        "functions": "use tools",
-        "function_call": "use tool_choice",
-        "moderation": "the server does not moderate",
-        "web_search_options": "the server does not search",
-    }
     messages: requests.Messages
     max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
     max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")

@@ -23,7 +23,7 @@ from pydantic import (
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.sampling import Sampling
-from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.errors import TEXTS, RefusedError
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 1024
@@ -88,12 +88,16 @@ def _bound_lists(schema: object) -> None:
 
 class Fields(BaseModel):
     """Base of all requests and their parts: no silent conversion, no NaN, and a bound on what an
-    error costs: each list is checked to its first.  A field of ``refused`` may only be null, or an
-    empty list, for the reason that is there; ``inside`` is the request's field that has it."""
+    error costs: each list is checked to its first.  A field of ``refused``, in ``errors.json``, may
+    only be null, or an empty list; ``inside`` is the request's field that has it."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
     refused: ClassVar[Mapping[str, str]] = {}
     inside: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.refused = {**cls.refused, **TEXTS["refused"].get(cls.__name__, {})}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -284,11 +288,6 @@ class ChatMessage(Fields):
     """Clients send back what they got, and what they added to it."""
 
     inside = "messages"
-    refused: ClassVar = {
-        "refusal": "the server makes none",
-        "audio": "the model reads text",
-        "function_call": "use tool_calls",
-    }
     role: Literal["system", "developer", "user", "assistant", "tool", "latest_reminder"]
     content: Content | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field
@@ -133,17 +133,6 @@ class ReasoningConfig(requests.Fields):
 class ResponsesRequest(requests.GenerationRequest):
     """``/v1/responses``."""
 
-    refused: ClassVar = {
-        "background_options": "answers come at once",
-        "access_programs": "the server has no programs",
-        "context_management": "a conversation is read whole",
-        "conversation": _STATELESS,
-        "image": "answers are text",
-        "moderation": "the server does not moderate",
-        "personality": "the model has no such setting",
-        "previous_response_id": _STATELESS,
-        "prompt": "no prompts are stored here; send its text",
-    }
     input: TextOr[
         requests.Text, Annotated[list[Annotated[Item, BeforeValidator(_known)]], requests.SOME]
     ]
