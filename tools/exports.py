@@ -11,16 +11,9 @@ import click
 from slotmoe.errors import ExportError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
+from slotmoe.offload import model_cache
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import (
-    export_named,
-    find,
-    is_export,
-    library,
-    listing,
-    remove,
-    timestamp,
-)
+from slotmoe.offload.model_cache import library, timestamp
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.signals import Stopping
@@ -55,7 +48,7 @@ def list_command(as_json: bool, sessions: bool, session_dir: Path) -> None:
             show(*described(session_dir, kept))
         return
     folder = cache_folder()
-    cached = listing(folder)
+    cached = model_cache.listing(folder)
     total = sum(export.bytes for export in cached)
     if as_json:
         exports = [asdict(export) | {"used": timestamp(export.used)} for export in cached]
@@ -98,7 +91,7 @@ def rm_command(
     if bool(names) == is_all or (is_all and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
     folder = given["session_dir"] if sessions else cache_folder()
-    chosen = [] if sessions else find(folder, names)
+    chosen = [] if sessions else model_cache.find(folder, names)
     removed = [export.name for export in chosen] or [*dict.fromkeys(names)]
     if is_all:
         removed = [session["name"] for session in sessions_in(folder)]
@@ -108,11 +101,11 @@ def rm_command(
     if asks and not click.confirm(f"Remove {called}{size}?", err=True):
         return 1
     if sessions:
-        from slotmoe.offload.sessions.names import remove as remove_sessions
+        from slotmoe.offload.sessions.names import remove
 
-        freed = remove_sessions(folder, removed)
+        freed = remove(folder, removed)
     else:
-        freed = remove(folder, chosen)
+        freed = model_cache.remove(folder, chosen)
     if as_json:
         where = "sessions" if sessions else "cache"
         print(json_of({where: str(folder), "removed": removed, "bytes": freed}))
@@ -138,8 +131,8 @@ def verify_command(export: Path, as_json: bool) -> int:
     """
     started = time.perf_counter()
     if not export.exists() and export.name == str(export):
-        export = export_named(str(export)) or export
-    if not is_export(export):
+        export = model_cache.export_named(str(export)) or export
+    if not model_cache.is_export(export):
         problem = "holds no slotmoe.json, so it is no finished export"
         raise ExportError(f"{export}: {problem} (slotmoe quantize SRC DST makes one)")
     from slotmoe.quant.export.layout import MANIFEST

@@ -76,19 +76,18 @@ def command(
     given["codecs"] = options.expert_codecs(given)
     manifest, destination = _quantize(source, destination, texts, as_json, given)
     report = _report(manifest, destination, time.perf_counter() - started)
-    if not as_json:
-        if verbose:
-            _print_cost(report)
-        sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
-        size, experts, resident = map(format_size, sizes)
-        spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
-        bits = f"{report['bits_per_weight']:.2f} bits a weight"
-        show(f"{destination}: {size} in {spent}, {bits}", err=True)
     if as_json:
         print(json_of(report))
-    else:
-        names = {folder: name for name, folder in library().items()}
-        show(f'Run it: slotmoe run {names.get(destination, destination)} "Your prompt"', err=True)
+        return
+    if verbose:
+        _print_cost(report)
+    sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
+    size, experts, resident = map(format_size, sizes)
+    spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
+    made = f"{destination}: {size} in {spent}, {report['bits_per_weight']:.2f} bits a weight"
+    names = {folder: name for name, folder in library().items()}
+    name = names.get(destination, destination)
+    show(made, f'Run it: slotmoe run {name} "Your prompt"', err=True)
 
 
 def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:

@@ -23,13 +23,7 @@ from slotmoe.quant.export.writer import replace_file
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.system import peak_rss
-from slotmoe.tools.options import (
-    generation_arguments,
-    open_runtime,
-    prompt_text,
-    require_extra,
-    say,
-)
+from slotmoe.tools import options
 from slotmoe.tools.run import drafted, speeds
 from slotmoe.tools.screen import json_of, show
 from slotmoe.tools.tables import byte_bars, step_progress, table
@@ -51,9 +45,9 @@ DEFAULT_PROMPT = (
 )
 
 
-def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Json, Stopping]:
+def run(model: str, prompt: str | None, quiet: bool, given: Json) -> tuple[Json, Stopping]:
     """The report, and what may have stopped the run."""
-    report, stopping, lasting = _observed(model, prompt, quiet, options)
+    report, stopping, lasting = _observed(model, prompt, quiet, given)
     # The model is closed by now, because measuring takes memory of its own.
     room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
     ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
@@ -69,25 +63,25 @@ def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Jso
 
 
 def _observed(
-    model: str, prompt: str | None, quiet: bool, options: Json
+    model: str, prompt: str | None, quiet: bool, given: Json
 ) -> tuple[Json, Stopping, measure.Lasting]:
     """What was seen of the run, what may have stopped it, and what lasts of the closed model."""
-    warm, trace = options.pop("warm"), options.pop("trace")
-    arguments, words = generation_arguments(options), list[str]()
+    warm, trace = given.pop("warm"), given.pop("trace")
+    arguments, words = options.generation_arguments(given), list[str]()
     most = arguments["max_new_tokens"]
     with (
         MemorySampler() as sampler,
-        open_runtime(model, options, quiet=quiet) as runtime,
+        options.open_runtime(model, given, quiet=quiet) as runtime,
         sampler.watching(runtime.model),
     ):
         if warm:
             with byte_bars("Filling expert slots", quiet=quiet) as (progress,):
                 runtime.warm(progress)
-        given = DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
+        text = DEFAULT_PROMPT if prompt is None else options.prompt_text(prompt)
         if trace is not None:
             runtime.trace(trace)
 
-        stream = runtime.generate(given, **arguments)
+        stream = runtime.generate(text, **arguments)
         with (
             profiled(runtime, sampler.origin) as profiler,
             Stopping(lambda _: stream.close()) as stopping,
@@ -102,9 +96,9 @@ def _observed(
         report: Json = {"model": model, "complete": not stopping.number}
         report |= _measured(runtime, profiler, sampler)
         lasting = measure.Lasting(runtime.model)
-    workload = {"prompt": given, "text": "".join(words)}
+    workload = {"prompt": text, "text": "".join(words)}
     report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
-    asked = {key: value for key, value in options.items() if value is not None}
+    asked = {key: value for key, value in given.items() if value is not None}
     report["settings"] = asked | report["settings"]
     return report, stopping, lasting
 
@@ -204,9 +198,9 @@ def write_report(report: Json, folder: Path) -> None:
     images: dict[str, tuple[str, bytes]] = {}
     rows = compared(report)
     try:
-        require_extra("plots", "matplotlib")
+        options.require_extra("plots", "matplotlib")
     except ConfigError as problem:
-        say(f"the report has no charts: it {problem}")
+        options.say(f"the report has no charts: it {problem}")
     else:
         from slotmoe.tools.profile.charts import draw
 

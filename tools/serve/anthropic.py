@@ -207,7 +207,7 @@ class CountRequest(requests.Fields):
         told = "".join(text for text in system if not text.startswith(_BILLING))
         continues = self.messages[-1].role == "assistant"
         output = self.output_config or OutputConfig.model_construct()
-        wanted = output.format and output.format.wanted
+        wanted = requests.rule_of(output.format)
         effort = self.thinking.effort(output.effort) if self.thinking is not None else None
         if continues and wanted is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"

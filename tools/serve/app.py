@@ -1,8 +1,8 @@
 """The application of ``slotmoe serve``: all routes, and their description.
 
-``answers.json`` has the shape of each answer: an object's names, of which one with ``?`` may be
-missing or null, an array of some shapes, ``=`` and the words that a text may be, a type, or a
-shape's name.
+``answers.json`` has the shape of each answer, and by the beginning of a path of each error: an
+object's names, of which one with ``?`` may be missing or null, an array of some shapes, ``=`` and
+the words that a text may be, a type, or a shape's name.
 """
 
 import json
@@ -18,13 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import anthropic, ollama, openai, requests, responses
-from slotmoe.tools.serve.errors import (
-    ANTHROPIC_PATH,
-    HANDLED,
-    OLLAMA_PATH,
-    RefusedError,
-    error_response,
-)
+from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
 from slotmoe.tools.serve.openai import MAX_IDS
 from slotmoe.tools.serve.service import Service, Serving
 
@@ -37,8 +31,6 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _REFUSALS: dict[int | str, Json] = {"5XX": {"description": "The model failed"}}
 _REFUSALS["4XX"] = {"description": "Refused, with the reason in the error envelope of the API"}
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
-
-_ERRORS = {ANTHROPIC_PATH: "AnthropicError", OLLAMA_PATH: "OllamaError", "": "Error"}
 
 public, routes = APIRouter(), APIRouter()  # without a key, and with one
 
@@ -127,7 +119,7 @@ class Application(FastAPI):
         shapes = {name: _schema(shape) for name, shape in known["shapes"].items()}
         described["components"]["schemas"] |= shapes
         for path, methods in described["paths"].items():
-            error = next(name for begin, name in _ERRORS.items() if path.startswith(begin))
+            error = next(name for at, name in known["errors"].items() if path.startswith(at))
             for method, route in methods.items():
                 names = {"200": known["routes"].get(f"{method} {path}"), "4XX": error, "5XX": error}
                 for status, name in names.items():

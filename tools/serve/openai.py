@@ -111,8 +111,7 @@ class OpenAIRequest(requests.GenerationRequest):
     @property
     def wanted(self) -> requests.Rule | None:
         """What answers follow.  Raises ``RefusedError``."""
-        form = self.response_format
-        rule = form.wanted if form is not None else None
+        rule = requests.rule_of(self.response_format)
         given = [] if rule is None else ["response_format"]
         names = ("structured_outputs", "json_schema", "grammar")
         given += [name for name in names if getattr(self, name) is not None]

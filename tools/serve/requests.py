@@ -11,15 +11,7 @@ from dataclasses import dataclass, field, fields
 from itertools import dropwhile
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.sampling import Sampling
@@ -91,7 +83,7 @@ class Fields(BaseModel):
     error costs: each list is checked to its first.  A field of ``refused``, in ``errors.json``, may
     only be null, or an empty list; ``inside`` is the request's field that has it."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    model_config = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
     refused: ClassVar[Mapping[str, str]] = {}
     inside: ClassVar[str] = ""
 
@@ -181,18 +173,17 @@ class ResponseFormat(JsonSchema):
     json_schema: JsonSchema | None = None
     name: Label | None = None
 
-    @property
-    def wanted(self) -> Rule | None:
-        """Raises ``RefusedError``."""
-        given = self.json_schema or self
-        definition = given.definition
-        if definition is None and self.type == "json_schema":
-            raise RefusedError("the schema of a format is missing", "response_format")
-        if definition is None and self.type == "json_object":
-            definition = {"type": "object"}
-        if definition is None:
-            return None
-        return Rule("json", definition, strict=bool(given.strict))
+
+def rule_of(form: ResponseFormat | None) -> Rule | None:
+    """Raises ``RefusedError``."""
+    if form is None:
+        return None
+    given = form.json_schema or form
+    if given.definition is not None:
+        return Rule("json", given.definition, strict=bool(given.strict))
+    if form.type == "json_schema":
+        raise RefusedError("the schema of a format is missing", "response_format")
+    return Rule("json", {"type": "object"}) if form.type == "json_object" else None
 
 
 class TextPart(Fields):
@@ -302,7 +293,7 @@ class ChatMessage(Fields):
     def _leave_out(cls, message: object) -> object:
         match message:
             case {"role": "tool", "content": [*parts]}:
-                return {**message, "content": [*map(readable, parts)]}
+                return message | {"content": [*map(readable, parts)]}
         return message
 
     @model_validator(mode="after")

@@ -166,9 +166,10 @@ class ResponsesRequest(requests.GenerationRequest):
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
-        form, effort = self.text and self.text.format, self.reasoning and self.reasoning.effort
+        wanted = requests.rule_of(self.text.format if self.text is not None else None)
+        effort = self.reasoning.effort if self.reasoning is not None else None
         messages = requests.with_system([self.instructions], said)
-        return requests.Conversation(messages, policy, form and form.wanted, effort)
+        return requests.Conversation(messages, policy, wanted, effort)
 
     def options(self) -> requests.AnswerOptions:
         is_scored = self.top_logprobs is not None or _SCORES in (self.include or ())
@@ -265,13 +266,6 @@ async def count_tokens(body: ResponsesRequest, service: Serving) -> Response:
     service.check_model(body.model)
     count = len(await service.chat_ids(body.chat()))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
-
-
-@router.get(PATH + "/{id:path}", include_in_schema=False)
-@router.delete(PATH + "/{id:path}", include_in_schema=False)
-async def stored(id: str) -> Response:
-    """Raises ``RefusedError``: for clients that ask for what OpenAI would have stored."""
-    raise RefusedError(f"no response {id!r:.80}: {_STATELESS}", "response_id", 404)
 
 
 class Draft:
