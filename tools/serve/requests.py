@@ -292,8 +292,8 @@ class ChatMessage(Fields):
     @classmethod
     def _leave_out(cls, message: object) -> object:
         match message:
-            case {"role": "tool", "content": [*parts]}:
-                return message | {"content": [*map(readable, parts)]}
+            case {"role": "tool", "content": [*parts], **others}:
+                return {**others, "role": "tool", "content": [*map(readable, parts)]}
         return message
 
     @model_validator(mode="after")
