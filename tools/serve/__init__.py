@@ -153,12 +153,7 @@ def _serve(
             server.should_exit = True
 
         if client is not None:
-
-            def end_behind() -> None:
-                client.wait()
-                server.should_exit = True
-
-            Thread(target=end_behind, daemon=True).start()
+            Thread(target=_end_behind, args=(client, server), daemon=True).start()
         with Stopping(stop, once=client is None) as stopping:
             server.run(sockets=[listener])
         problem = service.engine.problem
@@ -171,6 +166,11 @@ def _serve(
         return 0
     options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return 1
+
+
+def _end_behind(client: "subprocess.Popen[bytes]", server: "uvicorn.Server") -> None:
+    client.wait()
+    server.should_exit = True
 
 
 @click.command(
