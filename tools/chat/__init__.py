@@ -99,7 +99,7 @@ def command(
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        options.require_extra("chat", "prompt_toolkit")
+        options.require_extra("chat")
     loading = ExitStack()
     if on_terminal:
         loading.callback(terminal_mode(echo=False))

@@ -198,7 +198,7 @@ def write_report(report: Json, folder: Path) -> None:
     images: dict[str, tuple[str, bytes]] = {}
     rows = compared(report)
     try:
-        options.require_extra("plots", "matplotlib")
+        options.require_extra("plots")
     except ConfigError as problem:
         options.say(f"the report has no charts: it {problem}")
     else:

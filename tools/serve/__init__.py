@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.tools.serve.service import Service
 
-_LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _LAST_SECONDS = 2  # more, in which threads and sessions end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
@@ -116,7 +115,7 @@ def _serve(
     **given: Any,
 ) -> int:
     """The exit code, of the client that ``start`` starts if there is one: it ends the server."""
-    options.require_extra("serve", *_LIBRARIES)
+    options.require_extra("serve")
     sequences, queue = given["max_sequences"], given["max_queue"]
     keys = _keys(given["api_keys"], given["api_key_file"])
     hosts = (host, *_checked("--allow-host", given["hosts"], _HOST, _HOST_FORM))
