@@ -200,12 +200,11 @@ def sign_session(values):
 
 
 def session(folder):
-    """A named session whose checksum is right."""
+    """A named session whose checksum is right, for a model whose template does nothing."""
     words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     with NamedSession(folder, "plans") as session:
         session.save(Saved(bytes(16), list(range(70)), "chat", words))
 
-    # A model whose template and tokenizer do nothing.
     tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
     runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
 
@@ -213,7 +212,6 @@ def session(folder):
         listing(folder)
         with NamedSession(folder, "plans") as session:
             Dialogue(runtime, 5, Sampling(), session=session)
-            assert session.saved is not None
             list(chain(session.saved.root, session.saved.tokens))
 
     good, parse = in_file(session.path, json.loads(session.path.read_bytes()), read)
@@ -228,25 +226,14 @@ READERS = {
     apis.MESSAGES: (anthropic.MessagesRequest, lambda body: (body.chat(), body.options())),
     apis.OLLAMA: (ollama.OllamaChatRequest, lambda body: body.messages and body.chat()),
 }
-FUNCTION = {"name": "f", "arguments": "{}"}
-CALLING = {"role": "assistant", "tool_calls": [{"id": "x", "function": FUNCTION}]}
-RESULT = {"role": "tool", "tool_call_id": "x", "content": [{"type": "image"}]}
-SOURCE = {"type": "content", "content": [{"type": "text", "text": "Hello"}]}
-BLOCKS = [
-    {"type": "thinking", "thinking": "a"},
-    {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}},
-    {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]},
-    {"type": "document", "source": SOURCE},
-]
-TURNS = [{"role": "assistant", "content": BLOCKS[:2]}, {"role": "user", "content": BLOCKS[2:]}]
-ITEMS = [
-    {"type": "custom_tool_call", "call_id": "x", "name": "f", "input": "a"},
-    {"type": "function_call_output", "call_id": "x", "output": "b"},
-    {"type": "compaction", "encrypted_content": "slotmoe: c"},
-]
+CALL = {"id": "x", "function": {"name": "f", "arguments": "{}"}}
+USE = {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]}
+TURNS = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}]
+ITEM = {"type": "custom_tool_call", "call_id": "x", "name": "f", "input": "a"}
 BODIES = [
-    {"messages": [*USER, CALLING, RESULT], "tools": TOOLS, "tool_choice": "required"},
-    {"input": ITEMS, "tools": [{"type": "namespace", "name": "n", "tools": [apis.TOOL]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [CALL]}], "tools": TOOLS, "stop": ["a"]},
+    {"input": [ITEM], "tools": [{"type": "namespace", "name": "n", "tools": [apis.TOOL]}]},
     {"messages": TURNS, "tools": [ANTHROPIC_TOOL], "system": "b", "max_tokens": 5},
     {"prompt": [[1], [2]], "logit_bias": {"7": -1.5}, "stop": ["a"]},
     {"model": "x", "messages": USER, "format": {"type": "object"}, "options": {"seed": 7}},
@@ -257,8 +244,8 @@ def request(folder):
     """The body of a request as each API reads it, and the refusal that a client gets."""
 
     def accepts(path, values):
+        kind, read = READERS[path]
         try:
-            kind, read = READERS[path]
             read(kind.model_validate(values))
             return True
         except ValidationError as found:
