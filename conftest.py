@@ -5,6 +5,7 @@ A test's tier follows from the fixtures that it requests, also through others.  
 say what it does beside computing for a moment in this process, and leave it out of
 ``./check --fast``; ``nightly`` leaves it out of ``./check`` too."""
 
+import gc
 import os
 import signal
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ import torch
 
 from slotmoe.offload.engine import loading
 from slotmoe.offload.model_source import read_model
+from slotmoe.quant.kernels.cpu import bindings
 from tests.support.exports import made_once
 from tests.support.hub import HUB, hurried
 from tests.support.interpreter import keep_inside, quicken, shuffle
@@ -78,14 +80,21 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def alone_on_the_machine():
     """No machine loses its power here, and a busy disk takes its time.  Threads that wait for each
-    other would wait for cores that other test processes have: engines that are asked for no number
-    have one."""
+    other would wait for cores that other test processes have: torch, kernels and engines that are
+    asked for no number have one.  What is imported by now stays: no collection of garbage looks
+    at it."""
+    gc.collect()
+    gc.freeze()
+    torch.set_num_threads(1)
+    if (kernels := bindings.load()) is not None:
+        kernels.set_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         chosen = loading.choose_placement
         patch.setattr(loading, "choose_placement", lambda size, threads: chosen(size, threads or 1))
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, lambda handle: None)
         yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

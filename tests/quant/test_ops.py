@@ -211,7 +211,7 @@ CASES = [(linear, (kind, T, *shape)) for T, shape, kind in product((1, 2, 16, 67
 CASES += product([absorbed], product((2, 16, 70), KINDS[::6], (24, 70), (37, 64)))
 CASES += [*product([attention], SIZES), *product([gate], ROUTERS)]
 OTHERS = [(lists, (*which, sunk)) for which, sunk in product(LISTS, BOTH)]
-OTHERS += product([streams], [(1, 4, 300), (6, 3, 21), (9, 2, 1030), (2, 1, 16)])
+OTHERS += product([streams], [(1, 4, 300), (9, 3, 21), (3, 2, 1030), (2, 1, 16)])
 OTHERS += product([compressed], [(1, 8, 512), (3, 5, 33), (2, 128, 40)])
 OTHERS += product([grouped, gated], [(1,), (3,)])
 
@@ -223,14 +223,16 @@ def ops():
 
 
 def check(ops, case):
-    results, again = (case.run(ops, slice(0, len(case.exact[0]))) for _ in range(2))
+    every = slice(0, len(case.exact[0]))
+    results = case.run(ops, every)
     for found, exact in zip(results, case.exact, strict=True):
         assert found.shape == exact.shape
         if found.is_floating_point():
             assert relative(found, exact) <= case.bound
         else:
             assert found.dtype == exact.dtype and torch.equal(found, exact)
-    assert all(map(torch.equal, results, again))  # whichever program finishes last
+    if DEVICE.type == "cuda" or not case.alone:  # whichever program finishes last
+        assert all(map(torch.equal, results, case.run(ops, every)))
     if case.alone:
         last = case.run(ops, slice(len(results[0]) - 1, len(results[0])))
         assert all(torch.equal(part, whole[-1:]) for part, whole in zip(last, results, strict=True))

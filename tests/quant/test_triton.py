@@ -68,7 +68,7 @@ def ops(request):
 
 
 SLOTS = [2, -1, 0, 3, -1, 1]  # of six experts
-TOKENS = [1, 5, 9, 80]
+TOKENS = [1, 4, 9, 80]
 
 
 def slots_of(*slots):
@@ -94,8 +94,8 @@ CODINGS = {**EXPERT_CODECS, "kept": ExpertCodecs(MXFP4, MXFP4)}
 
 @pytest.mark.parametrize(("T", "coding"), nth_interpreted(7, product(TOKENS, CODINGS)), ids=str)
 def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
-    records, indices_TK = make_records(4, 128, 48, CODINGS[coding]), choice(T)
-    x_TD = randn(T, 128)
+    records, indices_TK = make_records(4, 80, 32, CODINGS[coding]), choice(T)
+    x_TD = randn(T, 80)
     y_TKD = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
     computed = []
     for expert, slot in enumerate(SLOTS):
@@ -126,7 +126,7 @@ def test_kernels_only_multiply_for_other_activations_and_biases(T, how, biases):
 def test_an_experts_output_depends_on_its_token_alone(ops, T):
     """Bitwise the same in several calls, in any order, from other slots; a call without any expert
     changes nothing.  And it is the same among other tokens."""
-    records, indices_TK, x_TD = make_records(4, 64, 32), choice(T), randn(T, 64)
+    records, indices_TK, x_TD = make_records(4, 32, 32), choice(T), randn(T, 32)
     whole = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
     parts = torch.full_like(whole, -7.0)
     moved = Records(records.slab[[3, 1, 2, 0]], records.layout, records.levels)
@@ -143,7 +143,7 @@ def test_an_experts_output_depends_on_its_token_alone(ops, T):
     assert torch.equal(some, whole[order]) if exact else relative(some, whole[order]) < 1e-6
 
 
-@pytest.mark.parametrize(("T", "shared"), [(1, "nf4"), (3, "int8")])
+@pytest.mark.parametrize(("T", "shared"), [(1, "nf4"), (2, "int8")])
 def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
     """All experts, the shared one and the sums together; or experts as they come, the shared one
     with the first of them, their sum, and all that added; and each token alone.  What counts the

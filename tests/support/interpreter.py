@@ -36,15 +36,18 @@ def quicken() -> None:
         return pointer if isinstance(kind, language.pointer_type) else scalar(kind)
 
     def patch(function):
-        """What is replaced for a function that a kernel calls ends with the launch."""
-        scope = patch_language(function)
-        if launches and launches[0]._changes:
-            launches[0]._changes += scope._changes
-        else:
-            launches[:] = [scope]
+        """What is replaced for a function that a kernel calls ends with the launch; once for a
+        module."""
+        scope = launches[0] if launches and launches[0]._changes else None
+        if scope is None:
+            launches[:] = [scope := patch_language(function)]
+            seen.clear()
+        elif id(function.__globals__) not in seen:
+            scope._changes += patch_language(function)._changes
+        seen.add(id(function.__globals__))
         return scope
 
-    patch_language, launches = interpreter._patch_lang, []
+    patch_language, launches, seen = interpreter._patch_lang, [], set()
     is_builtin, plain = language.core.is_builtin, interpreter._get_np_dtype
     scalar, pointer = cache(plain), plain(language.pointer_type(language.int8))
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": members})
