@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
@@ -55,7 +55,8 @@ class Saved:
     forgotten: int = 0
 
 
-class Listed(NamedTuple):
+@dataclass(frozen=True)
+class Listed:
     """A listed session: ``used`` in seconds since 1970, ``saved`` None where it is damaged."""
 
     name: str

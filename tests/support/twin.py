@@ -151,11 +151,11 @@ class Twin(simulated.cuda.CudaDevice):
 
 # The engine on it
 
-EXPERTS = 3 * 16  # of the fixture ``twin_export``
+EXPERTS = 7 * 32
 
 
 def open_on(export, twin, host_slots=EXPERTS, **options):
-    """An export on a twin, with so many experts in RAM below it.  CPU and link are said to take as
+    """The sample on a twin, with so many experts in RAM below it.  CPU and link are said to take as
     long for an expert, so ``hybrid`` halves the misses."""
 
     def plan(*arguments, **given):
