@@ -14,6 +14,8 @@ MinGW-w64's GCC. scripts/wheels compiles for Windows elsewhere.
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 FOLDERS = ("model", "quant", "offload", "tools")
 KERNELS = Path("quant/kernels/cpu")
+VULKAN = Path("quant/kernels/vulkan")  # left out where glslang or the headers of Vulkan are missing
 FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread -g0".split()
 ARITHMETIC = "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 CLANG_CL = ["/O2", "/std:c++17", "/EHsc", *(f"/clang:{flag}" for flag in ARITHMETIC)]
@@ -51,6 +54,8 @@ class OnAllCores(build_ext):
         elif self.compiler.compiler_type == "mingw32":  # GCC there does not align stacks for AVX
             extension.extra_compile_args += ["-Wa,-muse-unaligned-vector-move"]
             extension.extra_link_args += ["-static"]
+        if compiler := shutil.which("glslangValidator") or shutil.which("glslang"):
+            self.embed_shaders(extension, compiler)
         compile_in_turn = self.compiler.compile
 
         def compile_at_once(sources, **options):
@@ -61,6 +66,20 @@ class OnAllCores(build_ext):
         self.compiler.compile = compile_at_once
         super().build_extension(extension)
 
+    def embed_shaders(self, extension, compiler):
+        """Each shader as an array of SPIR-V's words, in a header that the others include."""
+        folder = Path(self.build_temp) / "shaders"
+        folder.mkdir(parents=True, exist_ok=True)
+        for shader in VULKAN.glob("shaders/*.comp"):
+            words = ["--vn", f"{shader.stem}_spirv", "-o", folder / f"{shader.stem}.h", shader]
+            options = ["-V", "-g0", "--target-env", "vulkan1.3", *words]
+            subprocess.run([compiler, *options], check=True, stdout=subprocess.DEVNULL)
+        names = sorted(path.name for path in folder.glob("*.h") if path.name != "shaders.h")
+        whole = "".join(f'#include "{name}"\n' for name in names)
+        (folder / "shaders.h").write_text(f"#include <cstdint>\n{whole}", encoding="utf-8")
+        extension.include_dirs.append(str(folder))
+        extension.define_macros.append(("SLOTMOE_SHADERS", "1"))
+
 
 setup(
     cmdclass={"build_ext": OnAllCores},
@@ -69,8 +88,11 @@ setup(
     ext_modules=[
         Extension(
             "slotmoe.quant.kernels.cpu._native",
-            sources=[str(path) for path in sorted(KERNELS.glob("*.cpp"))],
-            depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
+            sources=[str(path) for path in sorted((*KERNELS.glob("*.cpp"), *VULKAN.glob("*.cpp")))],
+            depends=[
+                *(str(path) for path in sorted((*KERNELS.glob("*.h"), *VULKAN.glob("*.h")))),
+                *(str(path) for path in sorted(VULKAN.glob("shaders/*"))),
+            ],
             language="c++",
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

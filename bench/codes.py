@@ -31,8 +31,8 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import RESIDENT_MODES, record_bytes, resident_bytes
+from slotmoe.tools.exports import Paths, calibration_windows
 from slotmoe.tools.options import require_extra
-from slotmoe.tools.quantize import Paths, calibration_windows
 from slotmoe.tools.tables import Console, table
 
 WINDOW, WINDOWS = 513, 4  # of each text: 2,048 tokens
@@ -70,7 +70,7 @@ def codes(
     """Print what codes cost, and keep it in --results.  A row takes half a minute, a calibrated
     one two; a killed run goes on with the row that it was at."""
     if chart is not None:
-        require_extra("plots", "matplotlib")
+        require_extra("plots")
     found = json.loads(results.read_text()) if results.exists() else {"rows": []}
     known = [_setting(row) for row in found["rows"] if "origin" not in row]
     missing = [row for row in _rows(bool(calibrate)) if row not in known][:rows]

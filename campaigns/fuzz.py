@@ -31,7 +31,7 @@ LARGEST = 16 << 20  # bytes of a case
 HANGS = 30  # seconds of wall time after which a case is given up
 PARTS = (
     *("config", "index", "header", "manifest", "gguf", "resident", "experts", "session", "block"),
-    *("saved-chat", "tiktoken", "tokenizer", "template"),
+    *("tiktoken", "tokenizer", "template", "request"),
 )
 _ODD = [
     *(None, True, False, 0, -1, 1, 2, 255, 256, 300, 301, 20_000_000, 10**40, -(10**40)),

@@ -1,6 +1,7 @@
 """What the fuzzer attacks: for each parser of a stranger's bytes, good inputs and a function that
 parses one and returns whether it was accepted.  Each runs in a process that is given up after."""
 
+import asyncio
 import base64
 import ctypes
 import json
@@ -10,6 +11,8 @@ from contextlib import closing, suppress
 from types import SimpleNamespace
 
 import xxhash
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from campaigns.fuzz import MEMORY, SECONDS
 from campaigns.models import few_words, tiny_export
@@ -34,12 +37,16 @@ from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import span_checksums
 from slotmoe.tools.chat.conversation import Dialogue
-from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve import anthropic, ollama, openai, responses
+from slotmoe.tools.serve.errors import RefusedError, error_response
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
+from slotmoe.tools.serve.guard import check
 from slotmoe.tools.serve.requests import Rule
+from tests.support import apis
 from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
+from tests.support.served import ANTHROPIC_TOOL, TOOLS, USER
 
 M_ARENA_MAX = -8  # of mallopt
 PROMPT = [1, 2, 3, 2, 1]
@@ -193,35 +200,72 @@ def sign_session(values):
 
 
 def session(folder):
-    """A named session whose checksum is right."""
+    """A named session whose checksum is right, for a model whose template does nothing."""
     words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     with NamedSession(folder, "plans") as session:
         session.save(Saved(bytes(16), list(range(70)), "chat", words))
 
+    tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
+    runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
+
     def read():
         listing(folder)
         with NamedSession(folder, "plans") as session:
-            conversation(session)
-            assert session.saved is not None
+            Dialogue(runtime, 5, Sampling(), session=session)
             list(chain(session.saved.root, session.saved.tokens))
 
     good, parse = in_file(session.path, json.loads(session.path.read_bytes()), read)
     return good, lambda data: parse(signed(sign_session, data))
 
 
-def conversation(session=None):
-    """With a model whose template and tokenizer do nothing."""
-    tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
-    runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
-    return Dialogue(runtime, 5, Sampling(), session=session)
+# By path: what reads the body of a request, and what it comes to.
+READERS = {
+    apis.CHAT: (openai.ChatRequest, lambda body: body.conversation(body.wanted)),
+    "/v1/completions": (openai.CompletionRequest, lambda body: body.options(300)),
+    apis.RESPONSES: (responses.ResponsesRequest, lambda body: (body.chat(), body.options())),
+    apis.MESSAGES: (anthropic.MessagesRequest, lambda body: (body.chat(), body.options())),
+    apis.OLLAMA: (ollama.OllamaChatRequest, lambda body: body.messages and body.chat()),
+}
+CALL = {"id": "x", "function": {"name": "f", "arguments": "{}"}}
+USE = {"type": "tool_use", "id": "x", "name": "f", "input": {"a": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]}
+TURNS = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}]
+ITEM = {"type": "custom_tool_call", "call_id": "x", "name": "f", "input": "a"}
+BODIES = [
+    {"messages": [{"role": "assistant", "tool_calls": [CALL]}], "tools": TOOLS, "stop": ["a"]},
+    {"input": [ITEM], "tools": [{"type": "namespace", "name": "n", "tools": [apis.TOOL]}]},
+    {"messages": TURNS, "tools": [ANTHROPIC_TOOL], "system": "b", "max_tokens": 5},
+    {"prompt": [[1], [2]], "logit_bias": {"7": -1.5}, "stop": ["a"]},
+    {"model": "x", "messages": USER, "format": {"type": "object"}, "options": {"seed": 7}},
+]
 
 
-def saved_chat(folder):
-    path, messages = folder / "talk.json", [{"role": "system", "content": "Be brief."}]
-    for number in "12":
-        messages.append({"role": "user", "content": f"Hello {number}"})
-        messages.append({"role": "assistant", "content": "Hi"})
-    return in_file(path, {"messages": messages}, lambda: conversation().load(path))
+def request(folder):
+    """The body of a request as each API reads it, and the refusal that a client gets."""
+
+    def accepts(path, values):
+        kind, read = READERS[path]
+        try:
+            read(kind.model_validate(values))
+            return True
+        except ValidationError as found:
+            errors = [{**error, "loc": ("body", *error["loc"])} for error in found.errors()]
+            problem = RequestValidationError(errors, body=values)
+        except RefusedError as refused:
+            problem = refused
+        asked = SimpleNamespace(url=SimpleNamespace(path=path))
+        assert json.loads(asyncio.run(error_response(asked, problem)).body)["error"]
+        return False
+
+    def parse(data):
+        try:
+            check(data)
+        except RefusedError:
+            return False
+        values = json.loads(data.decode("utf-8-sig")) if data else {}
+        return any({path: accepts(path, values) for path in READERS}.values())
+
+    return BODIES, parse
 
 
 def block(folder):
@@ -318,8 +362,8 @@ PARSERS = {
     "experts": lambda at: weights(at, "experts/layer-00001.safetensors"),
     "session": session,
     "block": block,
-    "saved-chat": saved_chat,
     "tiktoken": tiktoken,
     "tokenizer": tokenizers,
+    "request": request,
     "template": lambda at: in_checkpoint(at, "tokenizer_config.json", templated),
 }

@@ -48,10 +48,10 @@ COMMANDS = {
     "run": Command("run {export} Hello -n 3 --context 64", made=("stdout",)),
     "trace": Command("run {export} Hello -n 3 --context 64 --trace {work}/trace", made=("stdout",)),
     "chat": Command(
-        "chat {export} -n 3 --temperature 0 --context 256",
-        "Hi\n/save {work}/talk.json\n",
-        made=("stdout", "talk.json"),
-        finished="talk.json",
+        "chat {export} -n 3 --temperature 0 --context 256 --session talk --session-dir {work}/kept",
+        "Hi\n",
+        made=("stdout",),
+        finished="kept/names/talk.json",
     ),
     "session": Command(
         "run {export} Hello -n 30 --context 64 --session plans --session-dir {work}/kept",

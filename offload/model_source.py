@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -63,7 +63,7 @@ def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
 
 
 def load_resident(
-    export: Export, shapes: dict[str, tuple[int, ...]], place: Place
+    export: Export, shapes: Mapping[str, tuple[int, ...]], place: Place
 ) -> dict[str, Prepared]:
     """The weights of ``shapes``, verified and placed; reading and copying overlap."""
     thread = threading.local()  # each thread's staging memory

@@ -33,7 +33,7 @@ EXTRAS = {
 }
 LIGHT = ["slotmoe", "slotmoe.model.config", "slotmoe.model.names", "slotmoe.quant.shapes"]
 LIGHT += ["slotmoe.offload.machine"]
-LIGHT_TOOLS = ("chat", "chat.conversation", "profile", "serve")
+LIGHT_TOOLS = ("chat", "profile", "serve")
 LIGHT += ["slotmoe.offload.model_cache"]
 
 

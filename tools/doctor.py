@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON
+from slotmoe.tools.options import JSON, libraries
 from slotmoe.tools.screen import json_of, show
 
 # By the flags that Linux shows.
@@ -117,7 +118,7 @@ def _kernels() -> Iterator[Check]:
 
 def _gpu() -> Check:
     """A process of its own asks torch, Triton and the C compiler: one may end that."""
-    if not _is_installed("torch"):
+    if find_spec("torch") is None:
         return Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
     torch = metadata.version("torch")
     if (gpu := machine.visible_gpu(0)) is None:
@@ -141,24 +142,13 @@ def _memory() -> Iterator[Check]:
 
 
 def _libraries() -> Iterator[Check]:
-    extras: dict[str, list[str]] = {}
-    for requirement in metadata.requires("slotmoe") or []:
-        match = re.match(r"([\w.-]+)[^;]*; extra == ['\"](\w+)['\"]$", requirement)
-        if match and match[2] in ("chat", "serve", "plots", "gguf"):
-            extras.setdefault(match[2], []).append(match[1])
-    for extra, libraries in extras.items():
-        if missing := [name for name in libraries if not _is_installed(name)]:
+    for extra in ("serve", "chat", "plots", "gguf"):
+        there = libraries(extra)
+        if missing := [name for name in there if not there[name]]:
             found = f"not installed: {', '.join(missing)}"
             yield Check(extra, "note", found, f"pip install 'slotmoe[{extra}]'")
         else:
-            yield Check(extra, "ok", ", ".join(libraries))
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False
+            yield Check(extra, "ok", ", ".join(there))
 
 
 def _stored(name: str) -> str:

@@ -23,6 +23,7 @@ from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import Console, byte_bars, table
 
 if TYPE_CHECKING:
+    from slotmoe.offload.devices.device import DeviceMemory
     from slotmoe.offload.evaluate import Evaluation, Text, Window
     from slotmoe.offload.runtime import Runtime
 
@@ -71,20 +72,20 @@ def command(
     from slotmoe.offload.evaluate import Evaluation, read_texts, windows_of
     from slotmoe.offload.ingest.cached import resolve_model
 
-    stride = given["stride"]
+    stride, other = given["stride"], None
     asked = {name: given[name] for name in ("ram", "vram", "slots", "experts_dirs")}
     asked |= options.runtime_arguments(given)
     device, _ = choose_device(asked.pop("device"))
     ready = partial(check_options, Options(**asked), device)
     folder = resolve_model(model, given["revision"], ready=ready)
     window = given["context"] = _window(folder, given["window"], given["context"])
-    read = read_texts(texts, folder, None if reference is None else resolve_model(reference))
+    beside = None if reference is None else resolve_model(reference)
+    read = read_texts(texts, folder, beside)
     windows = [windows_of(text, window, stride) for text in read]
     started = time.perf_counter()
     with ExitStack() as stack:
-        other = None
-        if reference is not None:
-            other = stack.enter_context(_open_reference(reference, given))
+        if beside is not None:
+            other = stack.enter_context(_open_reference(beside, device.memory(), given))
         runtime = stack.enter_context(_open_beside(other, model, as_json, given))
         evaluation = Evaluation(runtime, other)
         _run(evaluation, read, windows, f"Evaluating {model}", as_json)
@@ -113,17 +114,16 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
     return window
 
 
-def _open_reference(reference: str, given: Json) -> Runtime:
-    """The reference: a checkpoint as it is, or an export in at most half of the budget."""
-    from slotmoe.offload.devices.cuda import choose_device
-    from slotmoe.offload.ingest.cached import resolve_model
+def _open_reference(reference: Path, memory: DeviceMemory | None, given: Json) -> Runtime:
+    """The reference: a checkpoint as it is, or an export in at most half of the budget, which is
+    of the device's ``memory`` too if it has its own."""
     from slotmoe.offload.runtime import Runtime
 
-    quantize = is_export(resolve_model(reference))
+    quantize = is_export(reference)
     ram, vram = (given[name] and parse_size(given[name]) for name in ("ram", "vram"))
     if quantize:
         ram = (ram or share_of(available_memory())) // 2
-        if (memory := choose_device(given["device"])[0].memory()) is not None:
+        if memory is not None:
             vram = (vram or share_of(memory.free)) // 2
     shared = options.runtime_arguments(given) | {"kernels": "auto", "logits_rows": _LOGITS_ROWS}
     try:

@@ -1,5 +1,6 @@
 """Options that several commands share: where the model runs and within which budget."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -347,9 +348,18 @@ def notifier(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else say
 
 
-def require_extra(extra: str, *modules: str) -> None:
-    """Raises ``ConfigError``, with how to install the extra, if one of ``modules`` is missing."""
-    missing = ", ".join(name for name in modules if find_spec(name) is None)
+def libraries(extra: str) -> dict[str, bool]:
+    """Those of an extra of this package, and whether each is there."""
+    from importlib import metadata  # takes a while
+
+    told = re.compile(rf"([\w.-]+)[^;]*; extra == ['\"]{extra}['\"]$")
+    found = filter(None, map(told.match, metadata.requires("slotmoe") or ()))
+    return {match[1]: find_spec(match[1]) is not None for match in found}
+
+
+def require_extra(extra: str) -> None:
+    """Raises ``ConfigError``, with how to install the extra, if one of its libraries is missing."""
+    missing = ", ".join(name for name, is_there in libraries(extra).items() if not is_there)
     if missing:
         problem = f"this command needs libraries that are not installed ({missing})"
         raise ConfigError(f"{problem}: pip install 'slotmoe[{extra}]'")

@@ -12,7 +12,7 @@ from slotmoe.model.tokenizer import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import echo, is_terminal, json_of, print_dimmed, wait_reading
+from slotmoe.tools.screen import echo, is_terminal, json_of, print_dimmed
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ def command(
       slotmoe run v2-chat --ram 16GiB --session novel --file chapter-1.txt
     """
     given["chat"] |= given["system"] is not None
-    text, arguments = options.prompt_text(prompt, file), options.generation_arguments(given)
+    text = options.prompt_text(prompt, file)
     with (
-        open_session(given, "chat" if arguments["chat"] else "text") as session,
+        open_session(given, "chat" if given["chat"] else "text") as session,
         options.open_runtime(model, given, quiet=as_json) as runtime,
     ):
         runtime.warm(wait=False)
         go_on(session, runtime, given["session_limit"], options.notifier(as_json))
         if given["trace"] is not None:
             runtime.trace(given["trace"])
-        continuation = Continuation(runtime, text, arguments, as_json, session, given["system"])
+        continuation = Continuation(runtime, text, session, given, as_json)
         continuation.run()
         report = continuation.report()
     if not as_json:
@@ -74,25 +74,19 @@ def command(
 
 
 class Continuation:
-    """The ``tokens`` so far, printed as they come, unless ``quiet``.  ``arguments`` are those of
-    ``Runtime.generate``.  What is generated goes on with ``session``, and is kept in it."""
+    """The ``tokens`` so far, printed as they come, unless ``quiet``, by the options that are
+    ``given``.  What is generated goes on with ``session``, and is kept in it."""
 
     def __init__(
-        self,
-        runtime: Any,
-        prompt: str,
-        arguments: Json,
-        quiet: bool,
-        session: "NamedSession | None" = None,
-        system: str | None = None,
+        self, runtime: Any, prompt: str, session: "NamedSession | None", given: Json, quiet: bool
     ):
         self._runtime, self._prompt, self._quiet = runtime, prompt, quiet
-        self._arguments, self.tokens = arguments, list[Any]()
+        self._arguments, self.tokens = options.generation_arguments(given), list[Any]()
         self._first_seconds: float | None = None
         self._thoughts, self._texts = list[str](), list[str]()  # of the answer
-        self._session, self._chat = session, arguments.pop("chat")
-        self._saved = saved = None if session is None else session.saved
-        earlier = [] if saved is None else saved.messages
+        self._session, self._chat = session, self._arguments.pop("chat")
+        self._saved = None if session is None else session.saved
+        earlier, system = [] if self._saved is None else self._saved.messages, given["system"]
         if self._chat:
             if system is not None:
                 rest = earlier[1:] if earlier and earlier[0]["role"] == "system" else earlier
@@ -104,13 +98,16 @@ class Continuation:
 
     def run(self) -> None:
         """Generate until it ends, or a signal ends it."""
+        from slotmoe.tools.tables import wait_reading  # rich
+
         on_terminal, started = not self._quiet and is_terminal(sys.stdout), time.perf_counter()
         ids, tokenizer = self._ids(), self._runtime.tokenizer
         splitter = tokenizer.splitter(ids) if self._chat else Splitter(None, False)
         stream = self._runtime.generate(ids, **self._arguments)
         with Stopping(lambda _: stream.close()) as self.stopping:
             try:
-                wait_reading(stream, self._quiet)
+                if not self._quiet:
+                    wait_reading(stream)
                 for token in stream:
                     if not self.tokens:
                         self._first_seconds = time.perf_counter() - started
@@ -137,19 +134,16 @@ class Continuation:
 
     def _keep(self, ids: list[int]) -> None:
         """Keep the text, if some of it is new; what was computed is kept by the engine."""
-        if self._session is None:
+        if self._session is None or not self.tokens:
             return
-        if self.tokens:
-            from slotmoe.offload.sessions.names import Saved
+        from slotmoe.offload.sessions.names import Saved
 
-            text = "".join(token.text for token in self.tokens)
-            if self._chat:
-                answer = "".join(self._texts).strip()
-                kind, messages = "chat", [*self._messages, _message("assistant", answer)]
-            else:
-                kind, messages = "text", [_message("text", self._messages[0]["content"] + text)]
-            tokens = [*ids, *(token.id for token in self.tokens)]
-            self._session.save(Saved(self._runtime.sessions.root(), tokens, kind, messages))
+        text, kind = "".join(self._texts), "chat" if self._chat else "text"
+        messages = [*self._messages, _message("assistant", text.strip())]
+        if not self._chat:
+            messages = [_message("text", self._messages[0]["content"] + text)]
+        tokens = [*ids, *(token.id for token in self.tokens)]
+        self._session.save(Saved(self._runtime.sessions.root(), tokens, kind, messages))
 
     def _show(self, on_terminal: bool, thought: str, text: str) -> None:
         """Print what has come: reasoning dimmed, or on stderr where stdout is no terminal."""

@@ -4,16 +4,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from slotmoe.errors import informs, one_line, visible
 from slotmoe.system import ready_streams
 
-if TYPE_CHECKING:
-    from slotmoe.offload.engine.requests import Stream
-
 HELP_ALL = "--help-all"  # a command's help looks for it in what the group has noted
-_FIRST_SECONDS, _NEXT_SECONDS = 0.5, 0.2  # until the line of ``wait_reading`` appears, and changes
 _MOST_ECHOED = 1000  # characters of a prompt
 
 
@@ -83,22 +79,3 @@ def print_dimmed(text: str) -> None:
 def echo(prompt: str) -> None:
     """Print the prompt, or the end of a long one, before its continuation."""
     print_dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
-
-
-def wait_reading(stream: "Stream", quiet: bool) -> None:
-    """Wait for ``stream``'s first token; on a terminal a line says what is read or compiled."""
-    if not quiet and is_terminal(sys.stderr):
-        from slotmoe.quant.backends.base import COMPILES
-
-        total, seconds = len(stream.request.prompt), _FIRST_SECONDS
-        screen = commanded(sys.stderr)
-        try:
-            while not stream.wait(seconds):
-                seconds = _NEXT_SECONDS
-                done = f"reading {stream.request.read:,} of {total:,} tokens"
-                if COMPILES.running:
-                    done = f"compiling the GPU's kernels, once: {COMPILES.count}"
-                print(f"\r\x1b[2K{done}", end="", file=screen, flush=True)
-        finally:
-            if seconds == _NEXT_SECONDS:
-                print("\r\x1b[2K", end="", file=screen, flush=True)

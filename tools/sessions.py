@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.model_cache import timestamp
 from slotmoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.sessions.names import Listed, NamedSession
+    from slotmoe.offload.sessions.names import NamedSession
 
 
 @contextmanager
@@ -25,7 +24,7 @@ def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
     if given.get("resume"):
         if name is not None:
             raise ConfigError("--resume takes the latest session; leave it out to take --session")
-        name = next((s.name for s in sessions_in(folder) if _kind(s) == "chat"), None)
+        name = next((it["name"] for it in sessions_in(folder) if it["kind"] == "chat"), None)
         if name is None:
             raise ConfigError(f"{folder}: holds no conversation to resume; begin with --session")
     if name is None:
@@ -56,37 +55,27 @@ def go_on(
     notify(f"session {session.name}: {remark}")
 
 
-def sessions_in(folder: Path) -> "list[Listed]":
-    """The named sessions there, the one that was used last first."""
+def sessions_in(folder: Path) -> list[Json]:
+    """The named sessions there, the one that was used last first: ``name``, ``kind``, ``used`` in
+    seconds since 1970, how many ``tokens``, which is None of a damaged one."""
     from slotmoe.offload.sessions.names import listing
 
-    return listing(folder)
+    sessions = list[Json]()
+    for name, used, saved in listing(folder):
+        kind, tokens = ("damaged", None) if saved is None else (saved.kind, len(saved.tokens))
+        sessions.append({"name": name, "kind": kind, "tokens": tokens, "used": used})
+    return sessions
 
 
-def described(folder: Path) -> list[str]:
+def described(folder: Path, sessions: list[Json]) -> list[str]:
     """The lines of a table of the named sessions there."""
-    sessions = sessions_in(folder)
     if not sessions:
         return [f"{folder}: holds no named sessions"]
-    width, rows = max(len(session.name) for session in sessions), list[str]()
-    for session in sessions:
-        tokens = "" if session.saved is None else f", {len(session.saved.tokens):,} tokens"
-        rows.append(f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}")
+    width, rows = max(len(session["name"]) for session in sessions), list[str]()
+    for it in sessions:
+        tokens = "" if it["tokens"] is None else f", {it['tokens']:,} tokens"
+        rows.append(f"{it['name']:{width}}  {it['kind']}{tokens}, {ago(it['used'])}")
     return [*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."]
-
-
-def session_facts(folder: Path) -> Json:
-    """The same for JSON."""
-    shown = []
-    for session in sessions_in(folder):
-        tokens = None if session.saved is None else len(session.saved.tokens)
-        facts = {"name": session.name, "kind": _kind(session), "tokens": tokens}
-        shown.append(facts | {"used": timestamp(session.used)})
-    return {"folder": str(folder), "sessions": shown}
-
-
-def _kind(session: "Listed") -> str:
-    return "damaged" if session.saved is None else session.saved.kind
 
 
 def ago(used: float) -> str:

@@ -4,6 +4,7 @@ seconds."""
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import rich.console
 from rich import box, progress
@@ -16,6 +17,11 @@ from rich.text import Text
 from slotmoe.errors import informs, visible
 from slotmoe.tools.screen import commanded, guard_streams
 
+if TYPE_CHECKING:
+    from slotmoe.offload.engine.requests import Stream
+
+_DRAWN = 2  # times a second; drawing takes time from the model
+_QUICK_SECONDS = 0.5  # of a prompt that needs no line
 Row = Sequence[RenderableType]
 Update = Callable[[int, int], None]
 
@@ -76,8 +82,7 @@ class _Bars(progress.Progress):
         if console.width < 60:  # these have no room for a bar
             columns, words = (), f"{{task.percentage:>3.0f}}% {words}"
         described = progress.TextColumn(words, markup=False)
-        # Drawing takes time from the model.
-        super().__init__(described, *columns, console=console, refresh_per_second=2)
+        super().__init__(described, *columns, console=console, refresh_per_second=_DRAWN)
         self.disable = quiet or not console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -114,3 +119,18 @@ def byte_bars(*texts: str, quiet: bool = False, waiting: str = "") -> Iterator[t
             yield tuple(informs(updater(text)) for text in texts)
         finally:
             bars.text = ""
+
+
+def wait_reading(stream: "Stream") -> None:
+    """Wait for ``stream``'s first token; on a terminal a line says what is read or compiled."""
+    if stream.wait(_QUICK_SECONDS):
+        return
+    from slotmoe.quant.backends.base import COMPILES
+
+    total = len(stream.request.prompt)
+    with Console(stderr=True).status("", refresh_per_second=_DRAWN) as line:
+        while not stream.wait(1 / _DRAWN):
+            done = f"reading {stream.request.read:,} of {total:,} tokens"
+            if COMPILES.running:
+                done = f"compiling the GPU's kernels, once: {COMPILES.count}"
+            line.update(done)

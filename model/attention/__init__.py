@@ -13,8 +13,14 @@ from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.shapes import MARKS, Marks
-from slotmoe.state import CompressedCache, Empty, GroupedCache, LatentCache, SequenceState
-from slotmoe.tails import Deltas
+from slotmoe.state import (
+    CompressedCache,
+    DeltaCache,
+    Empty,
+    GroupedCache,
+    LatentCache,
+    SequenceState,
+)
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,
@@ -47,17 +53,17 @@ def new_state(
         columns, kind = row(latent, rope)
         return empty((layers, count, columns), kind)
 
-    windows, deltas = [c.window(layer) for layer in range(c.num_hidden_layers)], None
-    if (d := c.delta) is not None:
+    if c.grouped is not None:
+        windows = [c.window(layer) for layer in range(c.num_hidden_layers)]
+        given = context, c.grouped.groups, c.grouped.head_dim, windows, rows
+        if (d := c.delta) is None:
+            return GroupedCache(*given)
         heads = d.num_value_heads, d.key_head_dim, d.value_head_dim
-        deltas = Deltas(windows, heads, d.columns, empty)
-    if (g := c.grouped) is not None:
-        return GroupedCache(context, g.groups, g.head_dim, windows, rows, marks, deltas)
+        return DeltaCache(*given, heads, d.columns, empty, marks)
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
     keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:
-        widths = c.kv_lora_rank, c.qk_rope_head_dim
-        return LatentCache(context, widths, indexed, keys, rows, marks, deltas)
+        return LatentCache(context, (c.kv_lora_rank, c.qk_rope_head_dim), indexed, keys, rows)
     v4 = c.compressed
     sizes = v4.sliding_window, v4.head_dim, v4.ratios
     return CompressedCache(context, *sizes, indexed, keys, rows, empty)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event, T
+from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event, Region, T
 from slotmoe.offload.machine import Gpu, device_index, visible_gpu
 from slotmoe.quant.backends import lacking
 from slotmoe.quant.backends.base import Empty
@@ -189,13 +189,13 @@ class CudaDevice(Device):
         assert isinstance(event, _CudaEvent)
         torch.cuda.current_stream(self.device).wait_event(event.event)
 
-    def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
+    def copy(self, source: Region, target: Region, after: Event) -> Event:
         assert isinstance(after, _CudaEvent)
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with self.current(), torch.cuda.stream(self._copies):
             self._copies.wait_event(after.event)
             started.record()
-            target.copy_(source, non_blocking=True)
+            target.tensor.copy_(source.tensor, non_blocking=True)
             ended.record()
         return _CudaEvent(ended, started)
 
@@ -221,20 +221,20 @@ class CudaDevice(Device):
     def write(self, source: Tensor, target: Tensor, at: Tensor | None = None) -> None:
         self._mailbox.write(self, source, target, at)
 
-    def pin(self, memory: Tensor) -> bool:
-        hold(memory.data_ptr(), memory.nbytes)
+    def pin(self, memory: Region) -> bool:
+        hold(memory.address, memory.nbytes)
         # Registered in place: pinning memory that exists costs no second copy of it.
         with self.current():
-            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+            if int(torch.cuda.cudart().cudaHostRegister(memory.address, memory.nbytes, 0)) == 0:
                 return True
         # CUDA reports a refusal again at this thread's next launch: this one takes it.
         with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
         return False
 
-    def unpin(self, memory: Tensor) -> None:
+    def unpin(self, memory: Region) -> None:
         with self.current():
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(memory.address)
 
     def memory(self) -> DeviceMemory:
         cuda = torch.cuda

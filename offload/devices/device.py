@@ -16,6 +16,7 @@ streams are as late as CUDA allows.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TypeVar
 
 import torch
@@ -44,6 +45,30 @@ class Event:
 
     def synchronize(self) -> None:
         """Block the host until then."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes of memory, from ``address`` on for the kernels that read it.  ``tensor``, uint8, is the
+    same memory; where torch does not know the device it is empty."""
+
+    address: int
+    nbytes: int
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Region":
+        """The memory of a whole ``tensor``."""
+        return cls(tensor.data_ptr(), tensor.nbytes, tensor)
+
+    def split(self, size: int) -> list["Region"]:
+        """Its parts, of ``size`` bytes each, the last perhaps of less."""
+        places, total = range(0, self.nbytes, size), self.nbytes
+        tensors = self.tensor.split(size) if len(self.tensor) else repeat(self.tensor)
+        return [
+            Region(self.address + place, min(size, total - place), tensor)
+            for place, tensor in zip(places, tensors, strict=False)
+        ]
 
 
 class Download:
@@ -101,6 +126,10 @@ class Device:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""
         return in_large_pages(shape, dtype, self.placement.nodes)
 
+    def region(self, nbytes: int) -> Region:
+        """Memory for records.  Raises ``torch.OutOfMemoryError``."""
+        return Region.of(self.empty((nbytes,), torch.uint8))
+
     def weights(self) -> Empty:
         """An allocator for many weights that stay."""
         return Arena(nodes=self.placement.nodes).empty
@@ -121,9 +150,9 @@ class Device:
     def wait(self, event: Event) -> None:
         """Kernels launched from now on run after ``event``; ``RuntimeError`` if its copy failed."""
 
-    def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
+    def copy(self, source: Region, target: Region, after: Event) -> Event:
         """Once ``after`` is reached, copy ``source`` (in RAM, unchanged until that is done)."""
-        target.copy_(source)
+        target.tensor.copy_(source.tensor)
         return Event()
 
     def download(self, tensor: Tensor, *others: Tensor) -> Download:
@@ -142,11 +171,11 @@ class Device:
         else:
             target.index_copy_(0, at, source)
 
-    def pin(self, memory: Tensor) -> bool:
+    def pin(self, memory: Region) -> bool:
         """Page-lock RAM so that copies from it need no host; False if the system refuses."""
         return True
 
-    def unpin(self, memory: Tensor) -> None:
+    def unpin(self, memory: Region) -> None:
         """Undo ``pin``."""
 
     def memory(self) -> DeviceMemory | None:

@@ -15,7 +15,7 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.names import EMBEDDING, HEAD, resident_shapes, role_of
+from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import MtpHead, Network
 from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
@@ -383,7 +383,7 @@ class _Loader:
         empty = self._device.weights()
 
         def place(name: str, weight: Weight) -> Prepared:
-            role = role_of(HEAD if name == EMBEDDING and self._config.tie_word_embeddings else name)
+            role = role_of(name)
             if role == TABLE:  # kernels trust the ids of experts
                 last = self._config.n_routed_experts - 1
                 if not isinstance(weight, Tensor) or weight.min() < 0 or weight.max() > last:
@@ -440,10 +440,10 @@ class _Loader:
                 on = config, self._sizes, plan, rates, cpu.threads, export.random_weights
                 misses = Setting(*on).with_mode(options.misses).misses
                 split = Split(misses, cpu_cost(rates))
-            in_ram = Records(store.slab, export.layout, levels)
+            in_ram = Records(store.slab.tensor.view(-1, size), export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
-        records = Records(slots.slab, export.layout, levels)
+        records = Records(slots.slab.tensor.view(-1, size), export.layout, levels)
         return Experts(
             config.moe_layers, records, slots, self._backend, device,
             lookahead, hybrid, config.mtp,

@@ -16,10 +16,9 @@ from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 
-from torch import Tensor
-
 from slotmoe.errors import CLOSED, ConfigError, ExportError, SlotmoeError
 from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.device import Region
 from slotmoe.offload.experts.store import DEMAND, FILL, Read
 from slotmoe.offload.plan.memory import HELP_BYTES
 from slotmoe.quant.export.reader import Export
@@ -142,9 +141,9 @@ class DiskReader:
             self._threads.append(threading.Thread(None, self._run, name, given, daemon=True))
             self._threads[-1].start()
 
-    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of a record into ``target``, uint8, which ``submit`` starts."""
-        return Read(expert_id, urgency, target.numpy().data)
+    def read(self, expert_id: int, target: Region, urgency: int) -> Read:
+        """A read of a record into ``target`` in RAM, which ``submit`` starts."""
+        return Read(expert_id, urgency, target.tensor.numpy().data)
 
     def submit(self, reads: Iterable[Read]) -> None:
         """Queue what ``read`` gave, as far as it is not done; reads of urgency ``DEMAND`` overtake

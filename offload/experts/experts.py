@@ -411,7 +411,7 @@ class Experts:
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
         """Fill free slots and wait for that; ``progress(done, total)`` in bytes of slots."""
-        size = self.slots.slab.shape[1]
+        size = self.slots.record_bytes
 
         def done() -> None:
             self.look()

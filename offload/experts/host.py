@@ -17,11 +17,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
-from torch import Tensor
-
 from slotmoe.errors import DeviceError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.device import Device, Event, Region
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.store import (
@@ -58,24 +56,24 @@ class HostTier:
     def __init__(self, export: Export, direct: bool, cache: Cache, staging: int, device: Device):
         size, count = export.layout.record_bytes, cache.slots + staging
         nodes = device.placement.nodes
-        self.slab = page_aligned(count * size, forks=False, nodes=nodes).view(-1, size)
-        self.store, self.cache = ExpertStore(cache, self.slab, count), cache
+        self.slab = Region.of(page_aligned(count * size, forks=False, nodes=nodes))
+        self.store, self.cache = ExpertStore(cache, self.slab.split(size), count), cache
         self._device, self._lock = device, threading.Lock()
         self._copying: deque[tuple[Event, Slot]] = deque()  # in their order
         self.acquired: dict[Read, Slot] = {}
         self._filling = list[Read]()
         self._uses = list[int]()  # that the cache has not heard of
-        self.pinned = Pinning(self.slab, device)
+        self.pinned = Pinning(self.slab, size, device)
         self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
         self._disk = disk = DiskReader(export, direct)
         self.promote, self.cancel = disk.promote, disk.cancel
         self.wait, self.stop = disk.wait, disk.stop
 
-    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+    def read(self, expert_id: int, target: Region, urgency: int) -> Read:
         """A read into ``target`` on the GPU: queued already if it is in RAM, else from the disk."""
         after = self._device.record()  # the slot's last readers have been launched
         slot = self._claim(expert_id)
-        read = Read(expert_id, urgency, slot.record.numpy().data)
+        read = Read(expert_id, urgency, slot.record.tensor.numpy().data)
         if slot.state is READING:
             # What stays in a read must not keep it: this does, until it has been called.
             read.after = partial(self._forward, read, slot, target, after)
@@ -105,7 +103,9 @@ class HostTier:
     def acquire(self, expert_id: int) -> Read:
         """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""
         slot = self._claim(expert_id)
-        read = Read(expert_id, DEMAND, slot.record.numpy().data, done=slot.state is not READING)
+        read = Read(
+            expert_id, DEMAND, slot.record.tensor.numpy().data, done=slot.state is not READING
+        )
         if not read.done:
             read.after = partial(self._arrived, slot)
             slot.read = read
@@ -147,7 +147,7 @@ class HostTier:
             self._collect()
             while len(self._filling + new) < LENT and (id := self.store.to_fill()) is not None:
                 slot = self.store.take(id)
-                slot.read = read = Read(id, FILL, slot.record.numpy().data)
+                slot.read = read = Read(id, FILL, slot.record.tensor.numpy().data)
                 read.after = partial(self._filled, slot)
                 new.append(read)
             is_full = self.store.full()
@@ -209,7 +209,7 @@ class HostTier:
             else:
                 self.wait(leaving)
 
-    def _forward(self, read: Read, slot: Slot, target: Tensor, after: Event, arrived: bool) -> None:
+    def _forward(self, read: Read, slot: Slot, target: Region, after: Event, arrived: bool) -> None:
         """Queue the copy of a record that has arrived in RAM."""
         self._arrived(slot, arrived)
         with self._lock:  # so that the time of a copy holds no part of another
@@ -256,19 +256,20 @@ class HostTier:
 
 
 class Pinning:
-    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once, until
-    the system refuses one: where its limit is reached, each that is refused could spoil others."""
+    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records, of ``size`` bytes, were
+    written once, until the system refuses one: where its limit is reached, each that is refused
+    could spoil others."""
 
-    def __init__(self, slab: Tensor, device: Device):
+    def __init__(self, slab: Region, size: int, device: Device):
         self._device, self._lock = device, threading.Lock()
-        self._count = max(1, PIN_BYTES // slab.shape[1])
-        self._pieces = slab.split(self._count)
+        self._count = max(1, PIN_BYTES // size)
+        self._pieces = slab.split(self._count * size)
         # The slots that nothing has been written to, of each piece that is not locked.
         self._unwritten = {
-            piece: set(range(piece * self._count, piece * self._count + len(records)))
+            piece: set(range(piece * self._count, piece * self._count + records.nbytes // size))
             for piece, records in enumerate(self._pieces)
         }
-        self._locked: list[Tensor] = []
+        self._locked: list[Region] = []
         self.refused = False
         self.bytes, self.seconds, self._total = 0, 0.0, slab.nbytes
 

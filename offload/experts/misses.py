@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.device import Device, Event, Region
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import Read
@@ -97,13 +97,13 @@ class HostCompute:
 
 
 def measure_link(
-    device: Device, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs
+    device: Device, slab: Region, cpu: TorchBackend, codecs: ExpertCodecs
 ) -> dict[str, float]:
     """Bytes a second, measured now in about a second: ``pcie``, copies from RAM into the ``slab``
     on the GPU, which stays as it is; ``pcie_busy``, that while the ``cpu`` computes experts from
     the same RAM; ``experts``, its records.  Copies have 4 MiB and experts V2-Lite's shapes: it is
     the machine that is measured, whichever model is opened first."""
-    rows = slab.view(-1)[: LINK_BYTES // 2].split(4 << 20)
+    rows = slab.split(4 << 20)[: LINK_BYTES // 2 >> 22]
     with ThreadPoolExecutor(1) as pool:
         for _ in range(2):  # a link that was idle is slow: the first time wakes it
             alone = copy_bandwidth(device, rows, pool.submit(time.sleep, 0.3))
@@ -114,7 +114,7 @@ def measure_link(
 
 def with_link(
     known: Bandwidths, path: Path, notify: Callable[[str], None],
-    device: Device, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs,
+    device: Device, slab: Region, cpu: TorchBackend, codecs: ExpertCodecs,
 ) -> Bandwidths:  # fmt: skip
     """``known`` with what ``--misses auto`` follows from.  If nobody has measured it, ``notify``
     gets a line, and what is measured now is kept in ``path`` where that can be written."""
@@ -127,14 +127,14 @@ def with_link(
     return known.updated("measured now", **rates)
 
 
-def copy_bandwidth(device: Device, rows: Sequence[Tensor], beside: Future[Any]) -> float:
-    """Bytes a second of copies from page-locked RAM into ``rows`` of the GPU, uint8 of one size,
-    or the last one of less, for as long as what is ``beside`` them takes.  What is copied is what
+def copy_bandwidth(device: Device, rows: Sequence[Region], beside: Future[Any]) -> float:
+    """Bytes a second of copies from page-locked RAM into ``rows`` of the GPU, of one size, or the
+    last one of less, for as long as what is ``beside`` them takes.  What is copied is what
     the rows hold, so nothing changes and no memory is needed there."""
-    memory = page_aligned(sum(row.nbytes for row in rows), forks=False)
+    memory = Region.of(page_aligned(sum(row.nbytes for row in rows), forks=False))
     sources = memory.split(rows[0].nbytes)
     for source, row in zip(sources, rows, strict=True):
-        source.copy_(row)
+        source.tensor.copy_(row.tensor)
     pinned, copies = device.pin(memory), list[Event]()
     try:
         copied, spent = 0, 0.0

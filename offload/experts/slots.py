@@ -15,7 +15,7 @@ from slotmoe.border import Biases, Mlp
 from slotmoe.errors import DeviceError, SlotmoeError
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, expert_shapes
-from slotmoe.offload.devices.device import Device
+from slotmoe.offload.devices.device import Device, Region
 from slotmoe.offload.devices.pages import Touching
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.host import HostTier
@@ -42,7 +42,7 @@ LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first toke
 class _InMemory:
     """In place of a disk: every read is done at once."""
 
-    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+    def read(self, expert_id: int, target: Region, urgency: int) -> Read:
         return Read(expert_id, urgency, done=True)
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
@@ -70,7 +70,7 @@ class Slots:
         self._all = cache.layers * cache.experts
         self._complete = False
         total = min(cache.slots + staging, self._all)
-        self.slab = device.empty((total, size), torch.uint8)
+        self.slab, self.record_bytes = device.region(total * size), size
         self._source, self._device, self.cache = source, device, cache
         # Whether experts are read in order of layer, behind all else, until no slot is free.  They
         # are worth nothing until they are used, so where not all fit they are the first to leave;
@@ -82,9 +82,10 @@ class Slots:
         ready = max(staging + reserve, LAZY_BYTES // size)
         self._touching: Touching | None = None
         if ready < total and device.tier == "ram":
-            self._touching = Touching(self.slab.view(-1), ready * size)
+            self._touching = Touching(self.slab.tensor, ready * size)
             cache.slots = ready - staging
-        self.store = ExpertStore(cache, self.slab, min(ready, total) if self._touching else total)
+        ready = ready if self._touching else total
+        self.store = ExpertStore(cache, self.slab.split(size), ready)
         # What the device was told last of the store's table.
         self._told_ME = device.empty((cache.layers, cache.experts), torch.int32).fill_(-1)
 
@@ -242,7 +243,7 @@ class Slots:
         reads, new = [read for slot, read in coming if slot.state is READING], list[Read]()
         room = self.room()
         # A demand's copy waits for the one that is under way, so it is never more than one.
-        most = 1 if self._device.queues else max(LENT, _FILL_BYTES // self.slab.shape[1])
+        most = 1 if self._device.queues else max(LENT, _FILL_BYTES // self.record_bytes)
         while room and len(reads) < most and (expert_id := self.store.to_fill()) is not None:
             slot = self._begin(expert_id, FILL, new)
             assert slot.read is not None
@@ -253,11 +254,11 @@ class Slots:
     def memory(self) -> Tensor:
         """All slots as one, uint8, with all its pages."""
         self._finish_growing()
-        return self.slab.view(-1)
+        return self.slab.tensor
 
     def present(self) -> tuple[int, int]:
         """Bytes of cached records, and of the slab in use by now.  Another thread may ask."""
-        size, touching = self.slab.shape[1], self._touching
+        size, touching = self.record_bytes, self._touching
         used = (len(self.cache) + len(self.store.staged)) * size
         if touching is not None:  # its pages, and those of the first slots that are in use
             used = touching.ready - touching.start + min(used, touching.start)
@@ -278,10 +279,10 @@ class Slots:
         """Take over the slots whose pages are present now."""
         if self._touching is None:
             return
-        ready = self._touching.ready // self.slab.shape[1]
+        ready = self._touching.ready // self.record_bytes
         self.store.grow(ready)
         self.cache.slots = ready - self.staging
-        if ready == len(self.slab):
+        if ready * self.record_bytes == self.slab.nbytes:
             self.cache.slots, self._touching = self.planned, None
             self._touched = self.slab.nbytes
 

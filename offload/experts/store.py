@@ -30,16 +30,15 @@ What always holds, since ``move`` changes all that follows from a state:
 """
 
 from bisect import insort_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from slotmoe.offload.devices.device import Event
+from slotmoe.offload.devices.device import Event, Region
 from slotmoe.offload.policy.cache import Cache
 
 # Urgencies: the highest, then those of prefetches, layers until their use, and of what fills slots.
@@ -88,7 +87,7 @@ class Slot:
     where several may go on at once.  Of what is available the highest ``rank`` is taken first."""
 
     index: int
-    record: Tensor
+    record: Region
     state: SlotState = FREE
     expert: int = -1
     read: Read | None = None
@@ -97,14 +96,14 @@ class Slot:
 
 
 class ExpertStore:
-    """Slots for records, uint8 [cache.slots + staging, record_bytes]; first ``ready`` are usable.
+    """Slots in ``records``, cache.slots + staging of them; first ``ready`` are usable.
 
     ``cache`` decides which experts stay, at most ``cache.slots`` of them.  The other slots are for
     staging: they hold records on their way in, so that nothing is evicted before its successor has
     arrived, and a wrong prefetch costs no cached expert.
     """
 
-    def __init__(self, cache: Cache, slab: Tensor, ready: int):
+    def __init__(self, cache: Cache, records: Sequence[Region], ready: int):
         self.cache = cache
         self.of: dict[int, Slot] = {}
         self.staged: dict[int, Slot] = {}  # by index, in the order in which they were taken
@@ -119,7 +118,7 @@ class ExpertStore:
         self.leaving = 0  # slots
         self._filling = iter(range(0))
         self.slots: list[Slot] = []
-        self._records = slab.unbind()  # to make a view of a slot takes longer than to copy one
+        self._records = records
         self.grow(ready)
 
     def grow(self, ready: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NamedTuple, TypedDict
 
 from msgspec import Meta, Struct
 
@@ -55,8 +55,7 @@ class Saved:
     forgotten: int = 0
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """A listed session: ``used`` in seconds since 1970, ``saved`` None where it is damaged."""
 
     name: str

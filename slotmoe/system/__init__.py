@@ -37,14 +37,12 @@ TOO_LONG, NO_READER = own.TOO_LONG, own.NO_READER
 
 
 def take_lock(path: Path, seconds: float, folder: bool = False) -> int:
-    """A handle that alone has the lock of ``path``, a file, made if absent, or a ``folder``, until
-    it is closed; a folder may be moved meanwhile.  Raises ``BlockingIOError`` if another has the
-    lock for so many seconds, and ``OSError``."""
+    """As ``posix.lock``, but ``BlockingIOError`` comes if another has it for so many seconds."""
     until = time.monotonic() + seconds
     while True:
         try:
             with naming(path):
-                return own.lock_folder(path) if folder else own.lock_file(path)
+                return own.lock(path, folder)
         except BlockingIOError:
             if time.monotonic() >= until:
                 raise

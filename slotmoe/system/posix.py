@@ -69,18 +69,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def lock_file(path: Path) -> int:
-    """A handle of the file ``path``, made if absent, that has its lock until it is closed.  Raises
-    ``BlockingIOError`` where another has it, and ``OSError``."""
-    return _lock(path, os.O_RDWR | os.O_CREAT)
-
-
-def lock_folder(path: Path) -> int:
-    """The same of a folder; it is not made, and may be moved meanwhile."""
-    return _lock(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _lock(path: Path, flags: int) -> int:
+def lock(path: Path, folder: bool) -> int:
+    """A handle that has the lock of ``path`` until it is closed: of a file, made if absent, or of a
+    ``folder``, which may be moved meanwhile.  Raises ``BlockingIOError`` where another has it, and
+    ``OSError``."""
+    flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT
     while True:
         handle = os.open(path, flags | os.O_NOFOLLOW, 0o600)
         try:

@@ -145,12 +145,10 @@ def sync_folder(folder: Path) -> None:
     """``move`` has done so."""
 
 
-def lock_file(path: Path) -> int:
-    return _lock(path)
-
-
-def lock_folder(path: Path) -> int:
+def lock(path: Path, folder: bool) -> int:
     """See ``posix``.  A folder has no lock here: one beside it that goes when it is closed."""
+    if not folder:
+        return _lock(path)
     if not path.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     handle, goes = _lock(path.with_name(path.name + ".lock")), ctypes.c_bool(True)

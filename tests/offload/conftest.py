@@ -13,6 +13,7 @@ from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.tools.bench import speed
 from tests.support.engine import IDS, PROMPT
+from tests.support.exports import made_once
 from tests.support.twin import Twin, open_on
 from tests.support.v4 import write_case
 
@@ -50,15 +51,22 @@ def eager(monkeypatch):
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
+@pytest.fixture(scope="session")
+def twin_export(twin):
+    """Three layers of 16 experts: on the twin each operation takes long."""
+    with made_once("twin", num_hidden_layers=4, n_routed_experts=16) as export:
+        yield export
+
+
 @pytest.fixture
-def on_twin(twin, sample_export):
-    return partial(open_on, sample_export)
+def on_twin(twin_export):
+    return partial(open_on, twin_export)
 
 
 @pytest.fixture(scope="session")
-def wanted(twin, sample_export):
+def wanted(twin_export):
     """Logits and greedy ids with every expert in a slot."""
-    with open_on(sample_export, Twin(), misses="fetch") as runtime:
+    with open_on(twin_export, Twin(), misses="fetch") as runtime:
         return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
 
 

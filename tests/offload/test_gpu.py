@@ -34,10 +34,10 @@ from tests.support.twin import EXPERTS, Twin, TwinBackend
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
 
-SIZES = [{"slots": 6}, {"slots": 22}, {"slots": 56, "prefetch": False}, {"slots": 112}, {}]
-SETTINGS = [*product(SIZES, (0, 40, EXPERTS))]
-# More than the 42 experts that a token cycles through, so that every policy hits.
-SETTINGS += [({"slots": 30, "cache_policy": policy}, 60) for policy in POLICIES]
+SIZES = [{"slots": 3}, {"slots": 6}, {"slots": 12, "prefetch": False}, {"slots": 24}, {}]
+SETTINGS = [*product(SIZES, (0, 10, EXPERTS))]
+# More than the nine experts that a token cycles through, so that every policy hits.
+SETTINGS += [({"slots": 7, "cache_policy": policy}, 13) for policy in POLICIES]
 
 
 @pytest.mark.parametrize(("options", "host_slots"), nth(4, SETTINGS), ids=str)
@@ -63,18 +63,18 @@ def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
 
 
 @pytest.mark.parametrize(
-    ("mode", "host_slots"), nth(5, product(["cpu", "hybrid"], [0, 40, EXPERTS]))
+    ("mode", "host_slots"), nth(5, product(["cpu", "hybrid"], [0, 10, EXPERTS]))
 )
 def test_what_the_cpu_computes_differs_by_rounding_alone(on_twin, wanted, mode, host_slots):
     """Plain torch on both sides: all that is left are float32 sums in another order."""
-    with on_twin(Twin(1), host_slots, misses=mode, slots=40, kernels="torch") as runtime:
+    with on_twin(Twin(1), host_slots, misses=mode, slots=9, kernels="torch") as runtime:
         torch.testing.assert_close(runtime.logits(IDS), wanted[0], rtol=1e-3, atol=1e-3)
         assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
         misses = runtime.stats()["misses"]
         assert misses["mode"] == mode
-        assert misses["computed"] > 100
+        assert misses["computed"] > 20
         assert misses["seconds"] > 0
-        assert misses["fetched"] > 100
+        assert misses["fetched"] > 20
         whole(runtime)
         lent = runtime.stats()["io"]["host"]["lent_bytes"]
         assert lent == misses["computed"] * runtime.plan.record_bytes
@@ -89,7 +89,7 @@ def test_the_cpu_begins_before_policy_and_uploads(on_twin, monkeypatch):
         noted = lambda *given: happened.append(event(*given)) or action(*given)  # noqa: E731
         monkeypatch.setattr(owner, name, noted)
 
-    with on_twin(Twin(1), misses="hybrid", slots=40, kernels="torch") as runtime:
+    with on_twin(Twin(1), misses="hybrid", slots=9, kernels="torch") as runtime:
         runtime.warm()
         model, host = runtime.model, runtime.model.store
         note(model.experts, "_divided", lambda *given: given[0:4:2])  # tokens, what is missing
@@ -109,10 +109,9 @@ def test_the_cpu_begins_before_policy_and_uploads(on_twin, monkeypatch):
         else:
             layers[-1].append(event)
     layers = [layer for layer in layers if layer and layer[0][0] == 1]
-    orders = [[*dict.fromkeys(layer[1:])] for layer in layers if "CPU" in layer]
-    for order in orders:  # a guess may be copied later
-        order.remove("copy")
-    assert len(orders) > 20 and orders == [["CPU", "policy", "upload"]] * len(orders)
+    split = [layer[1:] for layer in layers if "CPU" in layer]
+    orders = [[*dict.fromkeys(event for event in layer if event != "copy")] for layer in split]
+    assert len(orders) > 10 and orders == [["CPU", "policy", "upload"]] * len(orders)
     assert not any("CPU" in layer for layer in layers if len(layer[0][1]) == 1)
 
 
@@ -130,7 +129,7 @@ def decoded_together(engine):
 
 def test_several_sequences_and_traces(on_twin, tmp_path):
     found, traces = [], []
-    fewer, split = {"slots": 22}, {"misses": "hybrid", "slots": 40, "kernels": "torch"}
+    fewer, split = {"slots": 6}, {"misses": "hybrid", "slots": 9, "kernels": "torch"}
     for options in ({}, fewer, split):
         with on_twin(Twin(1), sequences=2, **{"misses": "fetch", **options}) as runtime:
             runtime.trace(tmp_path / "trace")
@@ -147,19 +146,19 @@ def test_several_sequences_and_traces(on_twin, tmp_path):
 
 def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, caplog):
     """And no more is tried.  What else needs locked RAM got it before."""
-    record = 28672
-    monkeypatch.setattr(host, "PIN_BYTES", 16 * record)
+    record = 8192
+    monkeypatch.setattr(host, "PIN_BYTES", 4 * record)
     twin = Twin()
-    twin.gpu.pins = 23 * record
-    with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
-        start(runtime)(IDS[:1])  # 42 records
+    twin.gpu.pins = 6 * record
+    with on_twin(twin, misses="fetch", slots=6, prefetch=False) as runtime:
+        start(runtime)(IDS[:1])  # nine records
         found, slab = runtime.stats()["io"]["host"], runtime.model.store.slab
-        assert not found["pinned"] and found["pinned_bytes"] == 16 * record
-        twin.gpu.pins = 128 * record
+        assert not found["pinned"] and found["pinned_bytes"] == 4 * record
+        twin.gpu.pins = 32 * record
         assert torch.equal(runtime.logits(IDS), wanted[0])
         runtime.warm()
-        assert sum(twin.gpu.pinned().values()) == 16 * record
-    told = f"only {format_size(16 * record)} of {format_size(slab.nbytes)} of RAM for the twin"
+        assert sum(twin.gpu.pinned().values()) == 4 * record
+    told = f"only {format_size(4 * record)} of {format_size(slab.nbytes)} of RAM for the twin"
     assert [told in record.message for record in caplog.records] == [True]
 
 
@@ -169,7 +168,7 @@ def test_three_quarters_of_free_ram_are_locked_and_a_line_says_so(on_twin, monke
     monkeypatch.setattr(loading, "available_memory", lambda: 8 << 30)
     monkeypatch.setattr(loading, "process_bytes", lambda: 1 << 30)
     for pins, told in (
-        (1 << 30, [r"6\.\d MiB of RAM are page-locked for the twin .* in about 0"]),
+        (1 << 30, [r"512\.0 KiB of RAM are page-locked for the twin .* in about 0"]),
         (0, []),
     ):
         twin, said = Twin(), []
@@ -186,7 +185,7 @@ def test_ram_is_unlocked_when_copies_from_it_have_ended(on_twin, monkeypatch, la
     twin, ended, begun, closing = Twin(), [], Event(), Event()
     copy, unpin = twin.copy, twin.unpin
     twin.gpu.eager = twin.gpu.wide = 0  # nothing runs that the host does not wait for
-    with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
+    with on_twin(twin, misses="fetch", slots=6, prefetch=False) as runtime:
         slots, store = runtime.model.experts.slots, runtime.model.store
         close = store._disk.close
         store._disk.close = lambda: closing.set() or close()
@@ -197,21 +196,21 @@ def test_ram_is_unlocked_when_copies_from_it_have_ended(on_twin, monkeypatch, la
     assert ended == [True]
 
 
-def test_runtime_tells_its_device_and_measures_a_link(on_twin, sample_export, monkeypatch):
+def test_runtime_tells_its_device_and_measures_a_link(on_twin, twin_export, monkeypatch):
     """Where the choice follows from it; where there is no GPU it refuses that."""
     measured = []
     monkeypatch.setattr(loading, "with_link", lambda rates, *_, **__: measured.append(1) or rates)
     for misses, times in ("fetch", 0), ("auto", 1):
-        with on_twin(Twin(), slots=22, misses=misses) as runtime:
+        with on_twin(Twin(), slots=6, misses=misses) as runtime:
             assert runtime.stats()["device"] == {"name": "the twin", "why": "a test"}
         assert len(measured) == times
     with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
-        Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
+        Runtime.open(twin_export, context=64, device="cpu", misses="cpu")
 
 
 @pytest.mark.slow
 def test_bench_measures_all_that_plan_can_know_of_a_gpu(on_twin):
-    with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
+    with on_twin(Twin(), misses="fetch", slots=6, prefetch=False) as runtime:
         runtime.warm()
         kept = calibration(Lasting(runtime.model), measure(runtime, 20, 10, 0, 1))
     assert {*kept} == {*MEASURED} and all(value > 0 for value in kept.values())
@@ -222,8 +221,8 @@ def test_bench_measures_all_that_plan_can_know_of_a_gpu(on_twin):
 def test_a_child_process_has_no_copy_of_page_locked_ram(on_twin):
     """Else a write after a fork would move the page away from under a copy to the GPU."""
     common = page_aligned(1 << 20)
-    with on_twin(Twin(), 40, misses="fetch", slots=22) as runtime:
-        slab = runtime.model.store.slab
+    with on_twin(Twin(), 10, misses="fetch", slots=6) as runtime:
+        slab = runtime.model.store.slab.tensor
         for memory, end in ((common, 0), (slab, -signal.SIGSEGV)):
             assert os.waitstatus_to_exitcode(forked(partial(quiet_read, memory))) == end
 
@@ -261,7 +260,7 @@ def test_kernels_are_loaded_before_copies_are_queued(on_twin, monkeypatch):
     monkeypatch.setattr(
         TwinBackend, "weighted_sum", lambda *given: summed.append(1) or plain(*given)
     )
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
+    with on_twin(twin, misses="fetch", slots=6) as runtime:
         runtime.logits(IDS[:1])
     assert before[0] == (True, True)
 

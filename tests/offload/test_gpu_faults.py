@@ -9,7 +9,7 @@ import torch
 from slotmoe.errors import DeviceError, PlanError
 from slotmoe.offload.plan import memory
 from tests.support.engine import IDS, PROMPT, start, whole
-from tests.support.twin import Twin
+from tests.support.twin import Twin, open_on
 
 pytestmark = pytest.mark.usefixtures("always_guessing", "twin")
 
@@ -27,7 +27,7 @@ def right(runtime, wanted):
 
 def test_what_is_allocated_is_what_was_planned(on_twin):
     twin = Twin()
-    with on_twin(twin, misses="fetch", slots=60) as runtime:
+    with on_twin(twin, misses="fetch", slots=12) as runtime:
         unseen = ("logits", "prefill scratch", "page tables")  # not asked of the device
         planned = sum(size for name, size in runtime.plan.components.items() if name not in unseen)
         assert 0.97 * planned <= twin.gpu.peak <= planned
@@ -37,7 +37,7 @@ def test_what_is_allocated_is_what_was_planned(on_twin):
     assert twin.gpu.allocated == 0
 
 
-def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin, monkeypatch):
+def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(sample_export, monkeypatch):
     """And the advice opens it: less than what is free, unless the least plan takes more."""
     monkeypatch.setattr(memory, "FREE_SHARE", 0.99)  # the sample's slots take few bytes
     twin = Twin(capacity=400 << 20)
@@ -45,13 +45,13 @@ def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin, m
         twin.gpu.taken = (400 - free) << 20
         told = f"takes .* of the twin, of which {free}.0 MiB are free: {advice} programs that use"
         with pytest.raises(PlanError, match=told) as refused:
-            on_twin(twin, vram="300MiB")
+            open_on(sample_export, twin, vram="300MiB")
         assert twin.gpu.peak == 0 and ("--resident mixed" in str(refused.value)) == (free == 20)
     twin.gpu.taken = 200 << 20
-    on_twin(twin, vram="198MiB", misses="fetch").close()
+    open_on(sample_export, twin, vram="198MiB", misses="fetch").close()
 
 
-@pytest.mark.parametrize("after", [3, 120])
+@pytest.mark.parametrize("after", [3, 50])
 def test_another_program_takes_the_memory_while_the_model_is_opened(
     on_twin, wanted, monkeypatch, after
 ):
@@ -75,7 +75,7 @@ def test_another_program_takes_the_memory_while_the_model_is_opened(
         assert torch.equal(runtime.logits(IDS), wanted[0])
 
 
-@pytest.mark.parametrize(("moment", "times"), [(1, 1), (50, 2)])
+@pytest.mark.parametrize(("moment", "times"), [(1, 1), (12, 2)])
 def test_out_of_memory_in_the_middle_of_an_answer(on_twin, wanted, moment, times):
     twin, left = Twin(), [torch.OutOfMemoryError("out of memory: tried to allocate 20 MiB")] * times
 
@@ -83,7 +83,7 @@ def test_out_of_memory_in_the_middle_of_an_answer(on_twin, wanted, moment, times
         if number >= moment and left:
             raise left.pop()
 
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
+    with on_twin(twin, misses="fetch", slots=6) as runtime:
         twin.on_launch = on_launch
         if times == 2:  # what the allocator had kept was not enough
             told = "the twin has no memory left in the middle of a step .*lower --vram"
@@ -97,7 +97,7 @@ def test_out_of_memory_in_the_middle_of_an_answer(on_twin, wanted, moment, times
 ILLEGAL = "CUDA error: an illegal memory access"
 AGAIN = f"^the twin failed .{ILLEGAL}.; start the program again$"
 BROKEN = [  # what, at which copy or launch, by what, and what is told
-    ("fail", 60, "an invalid argument", r"copying an expert to the twin failed .an invalid argu"),
+    ("fail", 20, "an invalid argument", r"copying an expert to the twin failed .an invalid argu"),
     ("on_launch", 2, f"{ILLEGAL}\nmore", AGAIN),
     ("on_launch", 2, "a mistake here", "^a mistake here$"),
 ]
@@ -114,7 +114,7 @@ def test_what_fails_when_it_is_queued_ends_the_step_and_a_copy_nothing_else(
             raise RuntimeError(problem)
 
     setattr(twin, what, fail)
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
+    with on_twin(twin, misses="fetch", slots=6) as runtime:
         with pytest.raises((DeviceError, RuntimeError), match=told):
             runtime.logits(IDS)
         broken = False
@@ -128,9 +128,9 @@ def test_a_copy_that_fails_on_its_way_is_the_end_of_the_gpu_for_this_process(on_
     """CUDA tells the same of every call from then on.  The model can be closed and gives its RAM
     back."""
     twin = Twin(seed)
-    twin.spoil = lambda number: number == 60
+    twin.spoil = lambda number: number == 20
     told = r"the twin.* failed \(CUDA error: an illegal memory access\)"
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
+    with on_twin(twin, misses="fetch", slots=6) as runtime:
         runtime.logits(IDS[:1])
         with pytest.raises(DeviceError, match=told):
             runtime.logits(IDS)

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.device import Device, Event, Region
 from slotmoe.offload.engine import loading
 from slotmoe.offload.experts import misses as link
 from slotmoe.offload.machine import process_bytes
@@ -16,7 +16,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from tests.support.twin import Twin
 
-RATES = {"pcie": 2e7, "pcie_busy": 1e7, "experts": 3e7}
+RATES = {"pcie": 2e6, "pcie_busy": 1e6, "experts": 2.5e6}
 
 
 @pytest.fixture
@@ -27,24 +27,24 @@ def kept(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def opened(twin, kept, sample_export, monkeypatch):
-    """Opens the sample on a twin that is measured to have ``rates``: its mode, how often it was
+def opened(kept, twin_export, monkeypatch):
+    """Opens a model on a twin that is measured to have ``rates``: its mode, how often it was
     measured since the last time, and what was said."""
     measured, said = [], []
 
-    def open_sample(rates=RATES, **options):
+    def open_it(rates=RATES, **options):
         monkeypatch.setattr(link, "measure_link", lambda *_: measured.append(1) or rates)
         chosen = Twin(), "a test"
         monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted, notify: chosen)
-        given = {"context": 64, "threads": 1, "notify": said.append, "slots": 40, **options}
-        with Runtime.open(sample_export, **given) as runtime:
+        given = {"context": 64, "threads": 1, "notify": said.append, "slots": 9, **options}
+        with Runtime.open(twin_export, **given) as runtime:
             mode = runtime.stats()["misses"]["mode"]
         result = mode, len(measured), list(said)
         measured.clear()
         said.clear()
         return result
 
-    return open_sample
+    return open_it
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_idle_link_is_woken_before_it_is_measured(monkeypatch):
             return copied
 
     monkeypatch.setattr(link, "expert_bandwidth", lambda *_, seconds: 1e9)
-    slab = torch.zeros(8 << 20, dtype=torch.uint8)
+    slab = Region.of(torch.zeros(8 << 20, dtype=torch.uint8))
     found = link.measure_link(Idle(), slab, None, DEFAULT_CODECS)
     assert found["pcie"] == found["pcie_busy"] == 4 << 20
 
@@ -94,7 +94,7 @@ def test_memory_that_was_measured_with_goes_when_copies_from_it_have_ended(twin)
     """After Ctrl-C in the middle, too."""
     twin, queued, ended = Twin(), [], []
     twin.gpu.eager = twin.gpu.wide = 0  # nothing runs that the host does not wait for
-    rows, copy, unpin = twin.empty((2, 4096), torch.uint8), twin.copy, twin.unpin
+    rows, copy, unpin = twin.region(2 * 4096).split(4096), twin.copy, twin.unpin
 
     def copy_one(*given):
         if queued:
@@ -105,7 +105,7 @@ def test_memory_that_was_measured_with_goes_when_copies_from_it_have_ended(twin)
     twin.copy = copy_one
     twin.unpin = lambda memory: ended.append(queued[0].done()) or unpin(memory)
     with pytest.raises(KeyboardInterrupt):
-        link.copy_bandwidth(twin, list(rows), Future())
+        link.copy_bandwidth(twin, rows, Future())
     assert ended == [True]
 
 

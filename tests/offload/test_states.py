@@ -36,7 +36,7 @@ class Engine(RuleBasedStateMachine):
         cache.bypass = bypass
         self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
         self.store, self.uses = self.slots.store, 0
-        self.slots.slab.fill_(255)
+        self.slots.slab.tensor.fill_(255)
         self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self.slots, lambda: 1e18)
         self.prefetcher.idle()
         self.prefetcher.chosen(1, (), 0)  # the disk has idled: guesses are read from now on
@@ -132,7 +132,7 @@ class Engine(RuleBasedStateMachine):
         assert all(store.state(id) in (CACHED, STALE) for id in chosen)  # it may be taken back
 
     def right(self, *expert_ids):
-        assert all((self.store.of[id].record == id + 1).all() for id in expert_ids)
+        assert all((self.store.of[id].record.tensor == id + 1).all() for id in expert_ids)
 
     @invariant()
     def same(self):
@@ -140,7 +140,7 @@ class Engine(RuleBasedStateMachine):
         sound(store)
         assert cache.hits + cache.misses == self.uses
         for read in self.disk.begun:  # nobody else may have the slot that it writes to
-            slot = store.slots[(self.disk.targets[read] - self.slots.slab.data_ptr()) // BYTES]
+            slot = store.slots[(self.disk.targets[read] - self.slots.slab.address) // BYTES]
             assert slot.read is read and slot.state in (READING, LEAVING)
         self.right(*(slot.expert for slot in store.slots if slot.state in (CACHED, STALE)))
         assert torch.equal(self.slots.slots_ME, store.table_ME)

@@ -109,7 +109,8 @@ def whole(runtime):
     true.  The same below a GPU."""
     slots, source = runtime.model.experts.slots, runtime.model.store
     sound(slots.store)
-    assert len(slots.store.slots) == min(len(slots.slab), slots.cache.slots + slots.staging)
+    ready = (slots.cache.slots + slots.staging) * slots.record_bytes
+    assert len(slots.store.slots) * slots.record_bytes == min(slots.slab.nbytes, ready)
     assert not slots.store.held_N.any()
     assert torch.equal(slots.slots_ME.cpu(), slots.store.table_ME)
     if isinstance(source, HostTier):
@@ -120,4 +121,4 @@ def whole(runtime):
 
         until(idle)  # a prefetch is still on its way, from the disk or from RAM
         sound(source.store)
-        assert len(source.store.slots) == len(source.slab)
+        assert len(source.store.slots) * slots.record_bytes == source.slab.nbytes

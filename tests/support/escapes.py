@@ -180,8 +180,7 @@ def names(place, most, chance):
 
 
 def kept(place, most, chance):
-    """Sessions, and conversations of ``/save``."""
-    talk = place / "talk.json"
+    """Sessions."""
     options = "--session-dir", place / "kept"
     said = {"system": CODES, "user": "Hi", "assistant": PLANT}
     messages = [{"role": role, "content": text} for role, text in said.items()]
@@ -189,11 +188,8 @@ def kept(place, most, chance):
         with sessions.NamedSession(place / "kept", name) as session:
             session.save(sessions.Saved(bytes(16), [1, 2], "chat", messages))
     os.rename(place / "kept/names/older.json", place / f"kept/names/{FILE}.json")
-    talk.write_text(json.dumps({"messages": messages}))
-    for _ in _variants(talk, most, chance):
-        yield _typing("chat", place / "export", "-n", 3, stdin=[f"/load {talk}", "/stats"])
     chat = "chat", place / "export", "--session", "plans", "-n", 3, "--context", 256, *options
-    yield _typing(*chat, stdin=["/system", "Hello", f"/load {talk}", "/help"])
+    yield _typing(*chat, stdin=["/system", "Hello", "/stats", "/help"])
     yield "list", "--sessions", *options
     yield "list", "--sessions", "--json", *options
     for _ in _variants(place / "kept/names/plans.json", most, chance):
@@ -211,7 +207,10 @@ def hub(place, most, chance):
     HUB.reset()
     repo = Repo(place / "source")
     HUB.add(NAME, repo)
-    repo.files |= {FILE: place / "source/config.json", f"{FILE}.safetensors": place / "talk.json"}
+    repo.files |= {
+        FILE: place / "source/config.json",
+        f"{FILE}.safetensors": place / "source/config.json",
+    }
     yield "quantize", NAME, place / "made", "--overwrite"
     message = CODES.replace("\r", "").encode("latin-1", "replace").decode("latin-1")
     listing = json.dumps({"sha": PLANT, "siblings": [{"rfilename": PLANT}]}).encode()

@@ -92,11 +92,13 @@ def made(gpu, shape, stride, dtype, fresh=False):
 
 def _mapped(value, change):
     """``value`` with its tensors changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(entry, change) for entry in value])
     if isinstance(value, dict):
         return {name: _mapped(entry, change) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_mapped(entry, change) for entry in value])
-    return change(value) if isinstance(value, torch.Tensor) else value
+    return value
 
 
 def _tensors(value):
@@ -169,12 +171,12 @@ _known = {}
 
 
 def _outputs(operation, given):
-    """Shape, stride and type of each output."""
+    """Shape, stride and type of each output, by zeros: torch's meta tensors import its compiler."""
     key = operation, repr(_mapped(given, _how))
     if key not in _known:
         with running():
             args, options = _mapped(
-                given, lambda x: torch.empty_strided(*_how(x)[:2], dtype=x.dtype, device="meta")
+                given, lambda x: torch.empty_strided(*_how(x)[:2], dtype=x.dtype).zero_()
             )
             _known[key] = [_how(x) for x in _tensors([operation(*args, **options)])]
     return _known[key]

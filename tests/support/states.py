@@ -28,8 +28,8 @@ class Disk:
 
     def read(self, expert_id, target, urgency):
         self._fail("read")
-        read = Read(expert_id, urgency, target.numpy().data)
-        self.targets[read] = target.data_ptr()
+        read = Read(expert_id, urgency, target.tensor.numpy().data)
+        self.targets[read] = target.address
         return read
 
     def submit(self, reads):

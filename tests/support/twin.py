@@ -151,11 +151,11 @@ class Twin(simulated.cuda.CudaDevice):
 
 # The engine on it
 
-EXPERTS = 7 * 32
+EXPERTS = 3 * 16  # of the fixture ``twin_export``
 
 
 def open_on(export, twin, host_slots=EXPERTS, **options):
-    """The sample on a twin, with so many experts in RAM below it.  CPU and link are said to take as
+    """An export on a twin, with so many experts in RAM below it.  CPU and link are said to take as
     long for an expert, so ``hybrid`` halves the misses."""
 
     def plan(*arguments, **given):

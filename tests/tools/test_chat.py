@@ -1,4 +1,4 @@
-"""``slotmoe chat``: what the model is sent, what is kept and saved, what a full context drops, and
+"""``slotmoe chat``: what the model is sent, what is kept, what a full context drops, and
 its use through pipes and on a terminal."""
 
 import io
@@ -15,6 +15,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions.names import NamedSession, Saved
 from slotmoe.tools.chat import COMMANDS
 from slotmoe.tools.chat.conversation import Dialogue, Exchange
 from slotmoe.tools.chat.terminal import Terminal
@@ -121,44 +122,20 @@ def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, runtime, monke
     assert conversation.exchanges == [Exchange("It is a truth", answer)]
 
 
-def test_saved_conversation_goes_on_where_it_was(talking, tmp_path):
-    """And no other file is overwritten."""
-    chat, path = talking(system="Grüße"), tmp_path / "talk.json"
-    said(chat.answer("Hello\nthere"))
-    chat.save(path)
-    roles = ["system", "user", "assistant"]
-    texts = ["Grüße", *chat.exchanges[0]]
-    saved = json.loads(path.read_text())["messages"]
-    assert [(it["role"], it["content"]) for it in saved] == [*zip(roles, texts, strict=True)]
-    other = talking()
-    other.load(path)
-    assert (other.system, other.exchanges) == (chat.system, chat.exchanges)
-    assert said(other.answer("More")) == said(chat.answer("More"))
-    other.save(other.file)
-    assert len(json.loads(path.read_text())["messages"]) == 5
-    with pytest.raises(ConfigError, match="exists already"):
-        talking().save(path)
-
-
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-BAD_FILES = [
-    ("{", "not valid JSON"),
-    ({"messages": "hi"}, "expected a list under 'messages'"),
-    ({"messages": [USER | {"content": "\ud800"}, ASSISTANT]}, "Unicode"),
-    ({"messages": [USER, USER]}, r"messages\[1\].role: is 'user', expected 'assistant'"),
+BAD_MESSAGES = [
+    ([USER | {"content": "\ud800"}, ASSISTANT], r"\[0\].content: .* expected Unicode"),
+    ([USER, USER], r"\[1\].role: is 'user', expected 'assistant'"),
+    ([USER, ASSISTANT, USER], r"\[2\]: is a message without an answer"),
 ]
 
 
-def test_bad_file_is_refused_by_name_and_changes_nothing(talking, tmp_path):
-    chat = talking(system=SYSTEM)
-    said(chat.answer("Hello"))
-    before = chat.system, chat.exchanges, chat.file
-    for content, wanted in BAD_FILES:
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(ConfigError, match=f"bad.json: (.*{wanted}|{wanted})"):
-            chat.load(tmp_path / "bad.json")
-        assert (chat.system, chat.exchanges, chat.file) == before
+@pytest.mark.parametrize(("messages", "wanted"), BAD_MESSAGES)
+def test_bad_messages_of_a_session_are_refused_by_their_place(runtime, tmp_path, messages, wanted):
+    with NamedSession(tmp_path, "plans") as session:
+        session.save(Saved(bytes(16), [1], "chat", messages))
+        with pytest.raises(ConfigError, match=f"plans.json: messages{wanted}"):
+            Dialogue(runtime, 8, Sampling(), session=session)
 
 
 @pytest.fixture
@@ -175,25 +152,26 @@ def chat(slotmoe, processes, sample_export, tmp_path, monkeypatch):
     return run
 
 
-LINES = "Hello\n\n//slash\n/system Be brief\n/save talk.json\n/help\n/stats\n/exit\nnever\n"
-SHOWN = ["system message: Be brief", "2 exchanges are in ", "/regenerate", "2 of 2 exchanges"]
+LINES = "Hello\n\n//slash\n/system Be brief\n/help\n/stats\n/regenerate\n/exit\nnever\n"
+SHOWN = ["system message: Be brief", "/regenerate", "2 of 2 exchanges"]
 
 
 def test_one_message_a_line_and_plain_text_out(chat, tmp_path):
-    code, out, err = chat(LINES, "--system", SYSTEM)
-    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    kept = "--session", "talk", "--session-dir", tmp_path
+    code, out, err = chat(LINES, "--system", SYSTEM, *kept)
+    messages = json.loads((tmp_path / "names" / "talk.json").read_text())["messages"]
     assert code == 0 and all(part in err for part in SHOWN)
-    first, *texts = [message["content"] for message in messages]
-    assert (first, texts[::2]) == ("Be brief", ["Hello", "/slash"])
-    assert out == "".join(f"{answer}\n" for answer in texts[1::2])
-    lines = "/load talk.json\n/regenerate\n/save\n/reset\n/system off\n/system\n"
-    code, _, err = chat(lines, "--system", SYSTEM)
+    system, *texts = [message["content"] for message in messages]
+    assert (system, texts[::2]) == ("Be brief", ["Hello", "/slash"])
+    first, _, again = out.splitlines()
+    assert [first, again] == texts[1::2]
+    code, _, err = chat("/regenerate\n/reset\n/system off\n/system\n", *kept)
     assert code == 0 and "there is no system message" in err
 
 
 BAD_LINES = [
     ("/fly\nnever\n", "/fly: no such command"),
-    ("/load nowhere.json\n", "nowhere.json: can't be read"),
+    ("/regenerate\n", "there is no answer yet"),
     (b"fine\n\xff\n", "stdin: line 2 is not valid UTF-8"),
 ]
 

@@ -204,7 +204,7 @@ def test_what_is_not_served_is_said(served):
     for path, words in (
         ("/v1/embeddings", "no embeddings"), ("/api/embed", "no embeddings"),
         ("/v1/audio/speech", "reads and writes text"), ("/api/pull", "slotmoe run"),
-        ("/v1/nothing", "openapi.json"),
+        ("/v1/responses/resp_1/cancel", "nothing is stored"), ("/v1/nothing", "openapi.json"),
     ):  # fmt: skip
         status, answer = served.post(path, model="sample")
         assert status == 404 and path in str(answer["error"]) and words in str(answer["error"])

@@ -6,9 +6,6 @@ import shutil
 
 import pytest
 
-from slotmoe.model.sampling import Sampling
-from slotmoe.tools.chat.conversation import Dialogue
-
 PROGRAMS = "chromium-headless-shell chromium chromium-browser google-chrome chrome".split()
 
 # Answers with the given deltas, piece by piece, in place of the server.  What follows null never
@@ -213,7 +210,7 @@ def test_nothing_of_the_model_is_run_or_loaded(page):
     assert page.evaluate("hits") == 0
 
 
-def test_history_is_kept_and_exported(page, runtime, tmp_path):
+def test_history_is_kept_and_exported(page, tmp_path):
     page.answer_with("First *answer*")
     page.evaluate("at('system').focus()")
     page.type("Be brief")
@@ -233,9 +230,9 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
         page.click("#export")
     assert download.value.suggested_filename == "slotmoe-First-question.json"
     download.value.save_as(tmp_path / "talk.json")
-    talk = Dialogue(runtime, 8, Sampling())
-    talk.load(tmp_path / "talk.json")  # as in slotmoe chat
-    assert (talk.system, talk.exchanges) == ("Be brief", [("First question", "First *answer*")])
+    said = {"system": "Be brief", "user": "First question", "assistant": "First *answer*"}
+    messages = [{"role": role, "content": text} for role, text in said.items()]
+    assert json.loads((tmp_path / "talk.json").read_text()) == {"messages": messages}
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
     assert page.texts("#list button:first-child") == ["Second question"]

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/reset": "begin anew; the system message stays",
     "/system [TEXT]": "show, or set, how the model should behave; 'off' removes it",
-    "/save [FILE]": "write it as JSON; without FILE to where it was saved or loaded last",
-    "/load FILE": "go on with a saved conversation",
     "/regenerate": "another answer to your last message (needs a temperature above 0 to differ)",
     "/stats": "speed, expert cache, disk, memory and context",
     "/help": "this list",
@@ -101,13 +99,13 @@ def command(
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        options.require_extra("chat", "prompt_toolkit")
-    from slotmoe.tools.chat.conversation import Dialogue
-
+        options.require_extra("chat")
     loading = ExitStack()
     if on_terminal:
         loading.callback(terminal_mode(echo=False))
     with loading, open_session(given, "chat") as session, open_runtime(model, given) as runtime:
+        from slotmoe.tools.chat.conversation import Dialogue  # takes a second: torch
+
         runtime.warm(wait=False)
         sampling = runtime.sampling.with_given(**{name: given[name] for name in options.SAMPLING})
         conversation = Dialogue(
@@ -156,17 +154,6 @@ def _perform(conversation: "Dialogue", frontend: Frontend, command: str, rest: s
         text = conversation.system
         said = "there is no system message" if text is None else f"system message: {text}"
         frontend.say(*said.split("\n"))
-    elif command == "/save":
-        path = Path(argument) if argument else conversation.file
-        if path is None:
-            raise ConfigError("/save: needs the name of a file, as in /save talk.json")
-        conversation.save(path)
-        frontend.say(f"{len(conversation.exchanges)} exchanges are in {conversation.file}")
-    elif command == "/load":
-        if not argument:
-            raise ConfigError("/load: needs the name of a file, as in /load talk.json")
-        conversation.load(Path(argument))
-        frontend.say(f"{len(conversation.exchanges)} exchanges from {conversation.file}")
     elif command == "/regenerate":
         frontend.show(conversation.regenerate())
     elif command == "/stats":

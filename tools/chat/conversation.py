@@ -1,30 +1,26 @@
-"""A conversation with a model: its messages, what of them fits the context, and its file.
+"""A conversation with a model: its messages, and what of them fits the context.
 
 When the context is full, the oldest exchanges are no longer sent, until half of it is free again:
 whenever the beginning changes, all that follows has to be read anew, so this must be rare.  The
-system message always stays, and everything stays in what is saved.
+system message always stays, and everything stays in a session.
 """
-
-from __future__ import annotations
 
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from slotmoe.errors import ConfigError, PlanError, refused
-from slotmoe.jsonfile import Json, read_json
+from slotmoe.errors import ConfigError, PlanError
+from slotmoe.jsonfile import Json
+from slotmoe.model.sampling import Sampling
+from slotmoe.offload.engine.requests import Stream
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions.names import NamedSession, Saved
 from slotmoe.signals import Stopping
 from slotmoe.tools.options import SAMPLING
 from slotmoe.tools.run import of_budget
-
-if TYPE_CHECKING:
-    from slotmoe.model.sampling import Sampling
-    from slotmoe.offload.engine.requests import Stream
-    from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.sessions.names import NamedSession
 
 # Of the statistics, those that an answer's status counts: (group, name).
 _DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
@@ -60,17 +56,15 @@ class Dialogue:
         self.runtime, self.system = runtime, system
         self.exchanges: list[Exchange] = []
         self.forgotten = 0  # exchanges, the oldest ones, that are no longer sent
-        self.file: Path | None = None  # where this conversation was saved or loaded last
         self.notify: Callable[[str], None] = lambda text: None
         self.think: Callable[[str], None] = lambda text: None
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: Json | None = None  # statistics when the latest answer began
         self._stream: Stream | None = None  # the latest answer's
         self._tokens: list[int] = []  # of its prompt, and of the answer so far
-        self._reading_since: float | None = None  # time.monotonic(), until the first token
         self._session, self._stop = session, stop
         if session is not None and (saved := session.saved) is not None:
-            kept, self.exchanges = _parse(session.path, {"messages": saved.messages})
+            kept, self.exchanges = _parse(session.path, saved.messages)
             self.system = kept if system is None else system
             self.forgotten = min(saved.forgotten, len(self.exchanges))
         self._ids(self.system, [], "Hello")
@@ -83,12 +77,10 @@ class Dialogue:
         ``PlanError`` if the message does not fit into the context.
         """
         self._before, self._stream = self.runtime.stats(), None
-        self._reading_since = time.monotonic()
         with Stopping(lambda _: self._close()) as self._stopping:
             try:
                 yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
             finally:
-                self._reading_since = None
                 self._close()
                 self._keep()
         self._stopping.check()
@@ -101,8 +93,6 @@ class Dialogue:
         """Keep the conversation in its session; the engine keeps what was computed of it."""
         if self._session is None or not self.exchanges:
             return
-        from slotmoe.offload.sessions.names import Saved
-
         sessions, tokens = self.runtime.sessions, self._tokens
         assert sessions is not None
         messages = _messages(self.system, self.exchanges)
@@ -115,37 +105,35 @@ class Dialogue:
         prompt = self._fit(earlier, message)
         self._tokens = [*prompt]
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
-        chosen, count, text, thoughts = self._sampling, 0, "", 0
+        chosen, text, thoughts = self._sampling, "", list[str]()
         if chosen.seed is not None:
             self._sampling = replace(chosen, seed=(chosen.seed + 1) % (1 << 63))
         sampling = {name: getattr(chosen, name) for name in SAMPLING}
         splitter = self.runtime.tokenizer.splitter(prompt)
 
+        def split(piece: str, is_last: bool = False) -> str:
+            thought, said = splitter.feed(piece, is_last)
+            thoughts.append(thought)
+            self.think(thought)
+            return said
+
         def texts() -> Iterator[str]:
-            nonlocal count, thoughts
             self._stream = self.runtime.generate(prompt, limit, **sampling, stop=self._stop)
             if self._stopping.number:  # before there was a stream to close
                 self._close()
             for token in self._stream:
-                count += 1
                 self._tokens.append(token.id)
-                self._reading_since = None
-                thought, said = splitter.feed(token.text)
-                thoughts += len(thought)
-                self.think(thought)
-                yield said
+                yield split(token.text)
             self._stopping.check()
-            thought, said = splitter.feed("", is_last=True)
-            thoughts += len(thought)
-            self.think(thought)
-            yield said
+            yield split("", is_last=True)
 
         for piece in trimmed(texts()):
             text += piece
             self.exchanges = [*earlier, Exchange(message, text)]
             yield piece
         self.exchanges = [*earlier, Exchange(message, text)]
-        if not text and not thoughts:
+        count = len(self._tokens) - len(prompt)
+        if not text and not any(thoughts):
             self.notify("the model gave an empty answer")
         elif count == self._max_new_tokens:
             self.notify(f"the answer was stopped after {count} tokens (--max-new-tokens)")
@@ -161,43 +149,21 @@ class Dialogue:
 
     def reset(self) -> None:
         """Forget all messages but the system's."""
-        self.exchanges, self.forgotten, self.file, self._before = [], 0, None, None
+        self.exchanges, self.forgotten, self._before = [], 0, None
 
     def set_system(self, text: str | None) -> None:
         """Another system message, or none.  Raises ``ConfigError`` if the template refuses it."""
         self._ids(text, [], "Hello")
         self.system = text
 
-    def save(self, path: Path) -> None:
-        """Write all messages as JSON, whole or not at all.  Raises ``ConfigError`` if that fails,
-        or if ``path`` exists and is not this conversation's file."""
-        from slotmoe.quant.export.writer import write_json
-
-        path = path.expanduser().resolve()
-        if path.exists() and path != self.file:
-            raise ConfigError(f"{path}: exists already; choose another name, or remove it first")
-        with refused(path, ConfigError, "can't be written"):
-            write_json(path, {"messages": _messages(self.system, self.exchanges)})
-        self.file = path
-
-    def load(self, path: Path) -> None:
-        """Go on from what ``save`` wrote.  Raises ``ConfigError`` and changes nothing then."""
-        path = path.expanduser().resolve()
-        system, exchanges = _parse(path, read_json(path, 64 << 20, Json))
-        self._ids(system, exchanges, "Hello")
-        self.reset()
-        self.system, self.exchanges, self.file = system, exchanges, path
-
     def status(self) -> str:
         """One line about the latest answer, memory and context."""
         stats, before, facts = self.runtime.stats(), self._before, list[str]()
         position, stream = len(self._tokens), self._stream
-        if (since := self._reading_since) is not None:
-            prompt = "the message"
-            if stream is not None:
-                position = stream.request.read
-                prompt = f"{position:,} of {len(stream.request.prompt):,} tokens"
-            facts.append(f"reading {prompt}, {time.monotonic() - since:.0f} s")
+        if stream is not None and not (stream.request.first_token or stream.ended):
+            position, seconds = stream.request.read, time.monotonic() - stream.request.submitted
+            total = len(stream.request.prompt)
+            facts.append(f"reading {position:,} of {total:,} tokens, {seconds:.0f} s")
         if before is not None:
             counts = (stats[group][name] - before[group][name] for group, name in _COUNTS)
             tokens, seconds, hits, misses = counts
@@ -235,8 +201,7 @@ class Dialogue:
         if dropped:
             self.forgotten += dropped
             oldest = "exchange is" if dropped == 1 else f"{dropped} exchanges are"
-            rest = "no longer seen by the model, but will be saved with /save"
-            self.notify(f"the context is full: the oldest {oldest} {rest}")
+            self.notify(f"the context is full: the oldest {oldest} no longer seen by the model")
         return ids
 
     def _ids(self, system: str | None, exchanges: list[Exchange], message: str) -> list[int]:
@@ -253,19 +218,12 @@ def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, s
     return messages
 
 
-def _parse(path: Path, saved: Json) -> tuple[str | None, list[Exchange]]:
-    """System message and exchanges of a saved conversation.  Raises ``ConfigError``."""
-    if set(saved) != {"messages"} or not isinstance(saved["messages"], list):
-        expected = "expected a list under 'messages' and nothing else"
-        raise ConfigError(f"{path}: has the keys {sorted(saved)!r:.80}, {expected}")
+def _parse(path: Path, messages: list[dict[str, str]]) -> tuple[str | None, list[Exchange]]:
+    """System message and exchanges of a session's file.  Raises ``ConfigError``."""
     system, texts = None, list[str]()
-    for number, message in enumerate(saved["messages"]):
-        where = f"{path}: messages[{number}]"
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            expected = "expected an object with the keys role and content"
-            raise ConfigError(f"{where}: is {message!r:.80}, {expected}")
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str) or any("\ud800" <= sign <= "\udfff" for sign in content):
+    for number, message in enumerate(messages):
+        where, role, content = f"{path}: messages[{number}]", message["role"], message["content"]
+        if any("\ud800" <= sign <= "\udfff" for sign in content):
             raise ConfigError(f"{where}.content: is {content!r:.80}, expected Unicode text")
         expected = ("user", "assistant")[len(texts) % 2]
         if number == 0 and role == "system":

@@ -23,13 +23,7 @@ from slotmoe.quant.export.writer import replace_file
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.system import peak_rss
-from slotmoe.tools.options import (
-    generation_arguments,
-    open_runtime,
-    prompt_text,
-    require_extra,
-    say,
-)
+from slotmoe.tools import options
 from slotmoe.tools.run import drafted, speeds
 from slotmoe.tools.screen import json_of, show
 from slotmoe.tools.tables import byte_bars, step_progress, table
@@ -51,9 +45,9 @@ DEFAULT_PROMPT = (
 )
 
 
-def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Json, Stopping]:
+def run(model: str, prompt: str | None, quiet: bool, given: Json) -> tuple[Json, Stopping]:
     """The report, and what may have stopped the run."""
-    report, stopping, lasting = _observed(model, prompt, quiet, options)
+    report, stopping, lasting = _observed(model, prompt, quiet, given)
     # The model is closed by now, because measuring takes memory of its own.
     room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
     ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
@@ -69,25 +63,25 @@ def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Jso
 
 
 def _observed(
-    model: str, prompt: str | None, quiet: bool, options: Json
+    model: str, prompt: str | None, quiet: bool, given: Json
 ) -> tuple[Json, Stopping, measure.Lasting]:
     """What was seen of the run, what may have stopped it, and what lasts of the closed model."""
-    warm, trace = options.pop("warm"), options.pop("trace")
-    arguments, words = generation_arguments(options), list[str]()
+    warm, trace = given.pop("warm"), given.pop("trace")
+    arguments, words = options.generation_arguments(given), list[str]()
     most = arguments["max_new_tokens"]
     with (
         MemorySampler() as sampler,
-        open_runtime(model, options, quiet=quiet) as runtime,
+        options.open_runtime(model, given, quiet=quiet) as runtime,
         sampler.watching(runtime.model),
     ):
         if warm:
             with byte_bars("Filling expert slots", quiet=quiet) as (progress,):
                 runtime.warm(progress)
-        given = DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
+        text = DEFAULT_PROMPT if prompt is None else options.prompt_text(prompt)
         if trace is not None:
             runtime.trace(trace)
 
-        stream = runtime.generate(given, **arguments)
+        stream = runtime.generate(text, **arguments)
         with (
             profiled(runtime, sampler.origin) as profiler,
             Stopping(lambda _: stream.close()) as stopping,
@@ -100,17 +94,17 @@ def _observed(
             so_far = f"stopped after {len(words)} of {most} tokens; writing the report so far"
             show("", f"slotmoe: {so_far}", err=True)
         report: Json = {"model": model, "complete": not stopping.number}
-        report |= measured(runtime, profiler, sampler)
+        report |= _measured(runtime, profiler, sampler)
         lasting = measure.Lasting(runtime.model)
-    workload = {"prompt": given, "text": "".join(words)}
+    workload = {"prompt": text, "text": "".join(words)}
     report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
-    asked = {key: value for key, value in options.items() if value is not None}
+    asked = {key: value for key, value in given.items() if value is not None}
     report["settings"] = asked | report["settings"]
     return report, stopping, lasting
 
 
-def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
-    """All figures so far that fit a terminal."""
+def _measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
+    """Figures, series and settings, and what the link to a GPU gives."""
     stats, plan, latest = runtime.stats(), runtime.plan, sampler.samples[-1].total
     peak = {tier: sampler.highest[tier].total[tier] for tier in latest}
     if peak_rss() > sampler.earlier_peak:  # else this process held more before the profile
@@ -126,37 +120,34 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Jso
         for name, size in sizes.items():
             components.setdefault(name, {})[tier] = size
     host = {"ram": sum(plan.host.values())} if plan.host else {}
-    report: Json = {"peak": peak, "latest": latest, "budget": {plan.tier: plan.budget} | host}
-    report |= {"components": components, "time": {}, **speeds(stats)}
-    for kind in ("prefill", "decode"):
-        tokens, spent = profiler.tokens(kind), profiler.seconds(kind)
-        each_token = {part: 1000 * seconds / tokens for part, seconds in spent.items() if tokens}
-        times = {"tokens": tokens, "seconds": sum(spent.values())}
-        report["time"][kind] = {**times, "milliseconds_per_token": each_token}
-    report["cache"] = {name: stats["cache"][name] for name in _CACHE}
+    cache = {name: stats["cache"][name] for name in _CACHE}
     for fate in ("used", "wasted", "cancelled"):
         counts = [guesses[fate] for guesses in stats.get("prefetch", {}).values()]
-        report["cache"][f"prefetch_{fate}"] = sum(counts)
-    return report | {"io": stats["io"], "drafts": stats["drafts"]}
-
-
-def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
-    """``figures``, all series and settings, and what the link to a GPU gives."""
-    model, tiers = runtime.model, sampler.samples[-1].total
-    prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
+        cache[f"prefetch_{fate}"] = sum(counts)
+    time = {kind: _time(profiler, kind) for kind in ("prefill", "decode")}
+    touched = time["prefill"]["tokens"] + time["decode"]["tokens"] // 2
     settings = {"slotmoe": __version__, "device": str(runtime.device), "threads": runtime.threads}
-    settings |= {"kernels": runtime.stats()["kernels"], "context": runtime.context}
-    report = figures(runtime, profiler, sampler) | {
-        "memory": {tier: _series(sampler, tier) for tier in tiers},
-        "peak_seconds": {tier: sampler.highest[tier].seconds for tier in tiers},
+    settings |= {"kernels": stats["kernels"], "context": runtime.context}
+    link = measure.link_bandwidths(runtime.model)
+    return {
+        **{"peak": peak, "latest": latest, "budget": {plan.tier: plan.budget} | host},
+        **{"components": components, "time": time, **speeds(stats)},
+        **{"cache": cache, "io": stats["io"], "drafts": stats["drafts"]},
+        "memory": {tier: _series(sampler, tier) for tier in latest},
+        "peak_seconds": {tier: sampler.highest[tier].seconds for tier in latest},
         "steps": [asdict(step) for step in profiler.passes],
         "layers": _layers(runtime, profiler),
-        "touched_per_token": measure.bytes_per_token(model, prompt + new // 2),
+        "touched_per_token": measure.bytes_per_token(runtime.model, touched),
         "settings": settings,
+        "bandwidths": {**link, "gpu": measure.read_bandwidth(runtime.model)} if link else {},
     }
-    link = measure.link_bandwidths(model)
-    report["bandwidths"] = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
-    return report
+
+
+def _time(profiler: Profiler, kind: str) -> Json:
+    tokens, spent = profiler.tokens(kind), profiler.seconds(kind)
+    each_token = {part: 1000 * seconds / tokens for part, seconds in spent.items() if tokens}
+    times = {"tokens": tokens, "seconds": sum(spent.values())}
+    return {**times, "milliseconds_per_token": each_token}
 
 
 def _layers(runtime: Runtime, profiler: Profiler) -> list[Json]:
@@ -207,9 +198,9 @@ def write_report(report: Json, folder: Path) -> None:
     images: dict[str, tuple[str, bytes]] = {}
     rows = compared(report)
     try:
-        require_extra("plots", "matplotlib")
+        options.require_extra("plots")
     except ConfigError as problem:
-        say(f"the report has no charts: it {problem}")
+        options.say(f"the report has no charts: it {problem}")
     else:
         from slotmoe.tools.profile.charts import draw
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.tools.serve.service import Service
 
-_LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _LAST_SECONDS = 2  # more, in which threads and sessions end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
@@ -116,7 +115,7 @@ def _serve(
     **given: Any,
 ) -> int:
     """The exit code, of the client that ``start`` starts if there is one: it ends the server."""
-    options.require_extra("serve", *_LIBRARIES)
+    options.require_extra("serve")
     sequences, queue = given["max_sequences"], given["max_queue"]
     keys = _keys(given["api_keys"], given["api_key_file"])
     hosts = (host, *_checked("--allow-host", given["hosts"], _HOST, _HOST_FORM))
@@ -285,10 +284,7 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     """All API keys: of the options, the file and the environment.  Raises ``ConfigError``."""
     keys = [*given]
     if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ConfigError(f"{file}: is not UTF-8 text, expected API keys, one a line") from None
+        lines = options.decoded(Path(file).read_bytes(), f"{file}:").splitlines()
         keys += [line.strip() for line in lines if line.strip()]
         if len(keys) == len(given):
             raise ConfigError(f"{file}: holds no API key, expected one a line")

@@ -116,7 +116,7 @@ class Answers:
         policy, form, shown, calls, texts = chat.policy, None, None, "", dict[str, frozenset[str]]()
         if policy is not None:
             form, shown, calls = dialect.format, dialect.shown, dialect.format.opening
-            texts = {function.name: text_arguments(function) for function in policy.functions}
+            texts = {function.name: text_arguments(function) for function in policy.allowed}
         for prompt in prompts:
             limit = service.runtime.fit(prompt, options.limit, scored)[1]
             for choice in range(options.choices):

@@ -8,7 +8,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 from xml.sax.saxutils import quoteattr
 
 from fastapi import APIRouter, Request, Response
@@ -51,9 +51,8 @@ class Offer:
     def __init__(self, tools: list[AnthropicTool]):
         self._tools = tools
         self._unread = {tool.name: tool for tool in tools if tool.defer_loading}
-        self._deferred = frozenset(self._unread)
         self._known = {tool.name for tool in tools}
-        self._names = self._known - self._deferred
+        self._names = self._known - self._unread.keys()
 
     def change(self, name: str, added: bool) -> str:
         """What the model reads.  Raises ``RefusedError``."""
@@ -68,7 +67,7 @@ class Offer:
         """After all messages.  Raises ``RefusedError``."""
         offered = [tool for tool in self._tools if tool.name in self._names]
         policy = requests.tool_policy(offered, choice, parallel)
-        return policy and replace(policy, functions=self._tools, deferred=self._deferred)
+        return policy and replace(policy, functions=[t for t in self._tools if not t.defer_loading])
 
 
 class DocumentSource(requests.Fields):
@@ -180,24 +179,14 @@ class Turn(requests.Fields):
         return [*messages, said] if is_needed else messages
 
 
-class OutputFormat(requests.Fields):
-    type: Literal["json_schema"]
-    definition: Annotated[Json, Field(alias="schema")]
-
-
 class OutputConfig(requests.Fields):
     effort: requests.Label | None = Field(None, description="with `thinking.type` `enabled`")
-    format: OutputFormat | None = None
+    format: requests.ResponseFormat | None = None
 
 
 class CountRequest(requests.Fields):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
-    refused: ClassVar = {
-        "billing_policy": "nothing is billed",
-        "compaction": "a conversation is read whole",
-        "mcp_servers": "the server calls no others",
-    }
     model: requests.Label | None = Field(None, description="the open one if null")
     messages: Annotated[list[Turn], requests.SOME]
     system: Content | None = None
@@ -208,11 +197,9 @@ class CountRequest(requests.Fields):
 
     def chat(self) -> requests.Conversation:
         """A last message of the assistant's begins the answer.  Raises ``RefusedError``."""
-        choice: object = self.tool_choice
-        is_single = False
-        if self.tool_choice is not None:
-            choice = _CHOICES.get(str(self.tool_choice.get("type")), self.tool_choice)
-            is_single = self.tool_choice.get("disable_parallel_tool_use") is True
+        chosen = self.tool_choice
+        choice = chosen and _CHOICES.get(str(chosen.get("type")), chosen)
+        is_single = chosen is not None and chosen.get("disable_parallel_tool_use") is True
         offer = Offer(self.tools or [])
         messages = [message for turn in self.messages for message in turn.messages(offer)]
         blocks = self.system if isinstance(self.system, list) else []
@@ -220,13 +207,12 @@ class CountRequest(requests.Fields):
         told = "".join(text for text in system if not text.startswith(_BILLING))
         continues = self.messages[-1].role == "assistant"
         output = self.output_config or OutputConfig.model_construct()
-        form = output.format
+        wanted = requests.rule_of(output.format)
         effort = self.thinking.effort(output.effort) if self.thinking is not None else None
-        if continues and form is not None:
+        if continues and wanted is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")
         policy = offer.policy(choice, False if self.tools and is_single else None)
-        wanted = None if form is None else requests.Rule("json", form.definition)
         messages = requests.with_system([told], messages)
         return requests.Conversation(messages, policy, wanted, effort, continues)
 
@@ -234,12 +220,6 @@ class CountRequest(requests.Fields):
 class MessagesRequest(CountRequest, requests.GenerationRequest):
     """``/v1/messages``."""
 
-    refused: ClassVar = {
-        **CountRequest.refused,
-        "container": "the server runs no code",
-        "fallback_credit_token": "nothing is billed",
-        "fallbacks": "the server has one model",
-    }
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=0), requests.Whole]
     stop_sequences: requests.Stops | None = None

@@ -1,8 +1,8 @@
 """The application of ``slotmoe serve``: all routes, and their description.
 
-``answers.json`` has the shape of each answer: an object's names, of which one with ``?`` may be
-missing or null, an array of some shapes, ``=`` and the words that a text may be, a type, or a
-shape's name.
+``answers.json`` has the shape of each answer, and by the beginning of a path of each error: an
+object's names, of which one with ``?`` may be missing or null, an array of some shapes, ``=`` and
+the words that a text may be, a type, or a shape's name.
 """
 
 import json
@@ -18,13 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import anthropic, ollama, openai, requests, responses
-from slotmoe.tools.serve.errors import (
-    ANTHROPIC_PATH,
-    HANDLED,
-    OLLAMA_PATH,
-    RefusedError,
-    error_response,
-)
+from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
 from slotmoe.tools.serve.openai import MAX_IDS
 from slotmoe.tools.serve.service import Service, Serving
 
@@ -37,8 +31,6 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _REFUSALS: dict[int | str, Json] = {"5XX": {"description": "The model failed"}}
 _REFUSALS["4XX"] = {"description": "Refused, with the reason in the error envelope of the API"}
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
-
-_ERRORS = {ANTHROPIC_PATH: "AnthropicError", OLLAMA_PATH: "OllamaError", "": "Error"}
 
 public, routes = APIRouter(), APIRouter()  # without a key, and with one
 
@@ -70,7 +62,6 @@ def metrics(service: Serving) -> Response:
 class TokenizeRequest(openai.Templated):
     """In vLLM's form: of ``prompt``, or of ``messages`` as the model reads them."""
 
-    model: requests.Label | None = None
     prompt: requests.Text | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -108,7 +99,6 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
 
 
 class TemplateRequest(openai.Templated):
-    model: requests.Label | None = None
     messages: requests.Messages
 
 
@@ -129,7 +119,7 @@ class Application(FastAPI):
         shapes = {name: _schema(shape) for name, shape in known["shapes"].items()}
         described["components"]["schemas"] |= shapes
         for path, methods in described["paths"].items():
-            error = next(name for begin, name in _ERRORS.items() if path.startswith(begin))
+            error = next(name for at, name in known["errors"].items() if path.startswith(at))
             for method, route in methods.items():
                 names = {"200": known["routes"].get(f"{method} {path}"), "4XX": error, "5XX": error}
                 for status, name in names.items():
@@ -156,12 +146,10 @@ def _schema(shape: object) -> Json:
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:
     """The application; where it ``has_keys``, ``Guard`` in front of it asks for them."""
-    app = Application(
-        title="slotmoe", version=__version__, docs_url=None, redoc_url=None, responses=_REFUSALS
-    )
+    about: Json = {"title": "slotmoe", "version": __version__, "responses": _REFUSALS}
+    about["exception_handlers"] = dict.fromkeys(HANDLED, error_response)
+    app = Application(**about, docs_url=None, redoc_url=None)
     app.state.service = service
-    for kind in HANDLED:
-        app.add_exception_handler(kind, error_response)
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
     for router in (routes, openai.router, responses.router, anthropic.router, ollama.router):

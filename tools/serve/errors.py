@@ -55,12 +55,10 @@ def error_body(path: str, problem: RefusedError) -> Json:
     return {"error": {"message": problem.message, "type": kind, **about}}
 
 
-# By pydantic's names of errors, words about fields; by the beginning of a path, the sentence by
-# which its clients know that they have to shorten a conversation; by a part of it, why not served.
-_TEXTS: dict[str, dict[str, str]] = json.loads(
-    Path(__file__).with_suffix(".json").read_text("utf-8")
-)
-_ROUTES = "/openapi.json lists what is"
+# By pydantic's names of errors, words about fields.  By patterns of a path, the sentence by which
+# its clients know that they have to shorten a conversation, and why it is not served.  By a
+# request's class, the fields that are refused, and why.
+TEXTS: Json = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 _MAX_PLACE = 300  # characters of a field's place that are repeated
 
 
@@ -77,11 +75,8 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
     elif isinstance(problem, HTTPException):  # its headers say which methods are allowed
         status, headers, told = problem.status_code, problem.headers, str(problem.detail)
         if status == 404:
-            path = request.url.path
-            why = next(
-                (why for kind, why in _TEXTS["unserved"].items() if re.search(kind, path)), _ROUTES
-            )
-            told = f"{path[:100]!r} is not served here: {why}"
+            why = _text_of("unserved", request) or "/openapi.json lists what is"
+            told = f"{request.url.path[:100]!r} is not served here: {why}"
         refusal = RefusedError(told, status=status, headers=headers)
     else:
         refusal = RefusedError("the server failed; its log says how", status=500)
@@ -93,15 +88,17 @@ HANDLED = (Exception, RefusedError, RequestValidationError, ConfigError, PlanErr
 
 def _too_long(request: Request, problem: PromptError) -> str:
     """In the words of the API, with what the model has where that is more."""
-    runtime, path = request.app.state.service.runtime, request.url.path
+    runtime = request.app.state.service.runtime
     context, limit = int(runtime.context), int(runtime.config.max_position_embeddings)
-    told = next(
-        (text for begin, text in _TEXTS["too_long"].items() if path.startswith(begin)), None
-    )
-    if told is None:
-        return str(problem)
     more = f" (start with a larger --context, the model has {limit})" * (context < limit)
-    return told.format(tokens=problem.tokens, context=context) + more
+    told = _text_of("too_long", request)
+    return told.format(tokens=problem.tokens, context=context) + more if told else str(problem)
+
+
+def _text_of(kind: str, request: Request) -> str:
+    """What is to be said of a request's path, if anything."""
+    texts, path = TEXTS[kind].items(), request.url.path
+    return next((text for pattern, text in texts if re.search(pattern, path)), "")
 
 
 def _invalid(problem: RequestValidationError) -> RefusedError:
@@ -135,7 +132,7 @@ def _reason(error: Json, place: list[str | int]) -> str:
     if len(where) > _MAX_PLACE:
         where = f"{where[:_MAX_PLACE]}\u2026"
     context = {name: str(value)[:_MAX_PLACE] for name, value in error.get("ctx", {}).items()}
-    words = _TEXTS["words"].get(error["type"])
+    words = TEXTS["words"].get(error["type"])
     if words is not None:
         return f"{where or 'the body'} {words.format_map(context)}"
     reason = str(error["msg"]).removeprefix("Value error, ").replace("False", "false")

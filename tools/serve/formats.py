@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import msgspec
+
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Splitter, Tokenizer, overlap
 from slotmoe.tools.serve.requests import Call, Function
@@ -27,7 +29,9 @@ class CallFormat:
     value of each: text as it is, other values as JSON.  Behind the key may be of which of these two
     ``kinds`` the value is, else the schema decides.  A ``gap`` is around each argument, and a
     ``lead`` between text and calls, which belongs to neither.  A template that is ``structured``
-    gets calls and results as such, with ``object_arguments`` or their JSON.
+    gets calls and results as such, with ``object_arguments`` or their JSON; others get ``outputs``:
+    before all results, before and behind each, behind all.  ``heading`` and ``hint`` are around
+    functions that no template describes.
     """
 
     opening: str
@@ -47,6 +51,9 @@ class CallFormat:
     object_arguments: bool = False
     numbered_ids: bool = False  # a call's id is spelled for the model
     single: bool = False  # a message has one call, and no text of its own
+    outputs: tuple[str, str, str, str] = ("", "", "", "")
+    heading: str = "## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
+    hint: str = ""
 
     def write(self, calls: list[Call]) -> str:
         """``calls`` as the model writes them, of a format with JSON and without an index."""
@@ -62,15 +69,9 @@ class CallFormat:
 # https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".  Those of V3.2 and V4
 # are as their folder ``encoding`` has them, HARMONY as ``slotmoe.model.tokenizer.Messages`` passes
 # gpt-oss' calls on.
-_ROWS: Json = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
-for _row in _ROWS.values():
-    _row |= {name: tuple(value) for name, value in _row.items() if isinstance(value, list)}
-FORMATS = {name: CallFormat(**row) for name, row in _ROWS.items()}
+_TABLE = Path(__file__).with_suffix(".json").read_bytes()
+FORMATS = msgspec.json.decode(_TABLE, type=dict[str, CallFormat])
 PLAIN = FORMATS["PLAIN"]
-OUTPUTS, OUTPUT, END_OUTPUT, END_OUTPUTS = (
-    f"<\uff5ctool\u2581{name}\uff5c>"
-    for name in ("outputs\u2581begin", "output\u2581begin", "output\u2581end", "outputs\u2581end")
-)
 
 
 def format_of(tokenizer: Tokenizer) -> CallFormat:
@@ -106,15 +107,6 @@ def described(function: Function) -> Json:
     return {**about, "parameters": function.schema_of_arguments}
 
 
-_PLAIN_HINT = (
-    '\n\nTo call one, write <tool_call>{"name": "NAME", "arguments": {...}}</tool_call>, where the '
-    "arguments follow the function's parameters, a JSON schema. To call several, write each on a "
-    "line of its own. Write nothing after calls; their results follow in <tool_response>. If no "
-    "function is needed, answer in plain text."
-)
-_HINT = "\n\nTo call functions, write exactly this, with JSON that follows the parameters:\n"
-
-
 def describe(call_format: CallFormat, functions: Sequence[Function]) -> str:
     """Functions for a model whose template does not describe them."""
     is_plain = call_format is PLAIN
@@ -122,12 +114,7 @@ def describe(call_format: CallFormat, functions: Sequence[Function]) -> str:
     for function in functions:
         text = json.dumps(described(function), ensure_ascii=False, indent=indent)
         texts.append(text if is_plain else f"- `{function.name}`:\n```json\n{text}\n```")
-    if is_plain:
-        return "You can call these functions:\n" + "\n".join(texts) + _PLAIN_HINT
-    heading = "## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
-    shown = call_format.write([Call("", "NAME", "ARGUMENTS")])
-    is_shown = call_format is FORMATS["DEEPSEEK_V3_1"]
-    return heading + "\n".join(texts) + (_HINT + shown if is_shown else "")
+    return call_format.heading + "\n".join(texts) + call_format.hint
 
 
 @dataclass(frozen=True)

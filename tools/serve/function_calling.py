@@ -39,9 +39,7 @@ class Dialect:
         if any(m.inserted for m in messages) and not self._inserts:
             messages = _told_by_user(messages)
         turns, tools = with_results(messages), None
-        functions = list[requests.Function]()
-        if policy is not None:
-            functions = [f for f in policy.functions if f.name not in policy.deferred]
+        functions = policy.functions if policy is not None else ()
         if self.format.structured:
             written = self._structured(_apart(turns) if self.format.single else turns)
         else:
@@ -116,12 +114,12 @@ class Dialect:
         """Calls, results and what follows them as one message of the assistant: DeepSeek-V2.5's
         template itself loses text beside calls and parts of calls and results."""
         written, goes_on = list[Json](), False
+        begin, before, behind, end = self.format.outputs
         for message, results in turns:
             text = message.text + self.format.write(message.calls)
             if results:
-                texts = [formats.OUTPUT + result.text + formats.END_OUTPUT for result in results]
-                outputs = formats.OUTPUTS + "\n".join(texts) + formats.END_OUTPUTS
-                text += self._tokenizer.eos_token + outputs
+                texts = [f"{before}{result.text}{behind}" for result in results]
+                text += self._tokenizer.eos_token + begin + "\n".join(texts) + end
             if goes_on and message.role == "assistant":
                 written[-1]["content"] += text
             else:

@@ -58,12 +58,16 @@ _FUEL, _FUEL_OF_CHARACTER = 100_000, 3  # schemas that list many properties need
 _FORCED, _UNFORCED = 8192, '%llguidance {"no_forcing": true}\n'
 
 
+def _refusal(where: str, problem: str, status: int = 400) -> RefusedError:
+    """Of a request's field or tool."""
+    return RefusedError(f"{where}: {problem}", re.sub("^tool .*", "tools", where), status)
+
+
 class _Schema(NamedTuple):
     """One of a request: its ``text`` in a grammar, and what was left out of it already."""
 
     text: str
     where: str
-    param: str
     is_strict: bool
     unheld: list[str]
 
@@ -72,13 +76,12 @@ class _Schema(NamedTuple):
         for anything that can't where it ``is_strict``."""
         if is_wrong:
             problem = (told[0].partition("JSON schema: ")[2] or told[0]).partition("\n   1 |")[0]
-            reason = f"the schema can't be followed ({problem[:200]})"
-            raise RefusedError(f"{self.where}: {reason}", self.param)
+            raise _refusal(self.where, f"the schema can't be followed ({problem[:200]})")
         unheld = (*self.unheld, *told)
         if self.is_strict and unheld:
             problem = f"no answer can be held to {unheld[0][:200]!r}"
             advice = "and the schema is strict; leave out one or the other"
-            raise RefusedError(f"{self.where}: {problem}, {advice}", self.param)
+            raise _refusal(self.where, f"{problem}, {advice}")
         return [f"{self.where}: {keyword}".replace('"', "") for keyword in unheld]
 
 
@@ -169,13 +172,13 @@ class Grammars:
         content, schemas, where = None, list[_Schema](), "response_format"
         tables, items, other = self._tokenizer, _ITEMS_OF_SCHEMAS, ("", "")
         if wanted is not None and wanted.kind == "json":
-            content = self._json(wanted.rule, wanted.strict, where, where, schemas)
+            content = self._json(wanted.rule, wanted.strict, where, schemas)
         elif wanted is not None:
             kind, text, where, _ = wanted
             content, items = "@wanted", _ITEMS
             other = kind, text if isinstance(text, str) else json.dumps(text)
             if len(other[1]) > _MAX_SCHEMA:
-                raise RefusedError(f"{where}: more than {_MAX_SCHEMA} characters", where, 413)
+                raise _refusal(where, f"more than {_MAX_SCHEMA} characters", 413)
         marks = self._source.reasoning if is_thinking is not None else None
         header = "" if marks is None else self._literal(marks.text)  # before an answer's text
         content = f"{header} {content}" if content is not None else None
@@ -190,12 +193,11 @@ class Grammars:
         try:
             told, problem, whole, rules = json.loads(COMPILER.run(data, "its compiler"))
         except ConfigError as error:
-            reason = f"can't be followed ({error}); make it simpler"
-            raise RefusedError(f"{where}: {reason}", where) from None
+            raise _refusal(where, f"can't be followed ({error}); make it simpler") from None
         names = [it.relaxed(*said) for it, said in zip(schemas, told, strict=True)]
         if problem:
             reason = problem.partition("\n   1 |")[0][:200]
-            raise RefusedError(f"{where}: the {other[0]} can't be followed ({reason})", where)
+            raise _refusal(where, f"the {other[0]} can't be followed ({reason})")
 
         def made() -> Mask:
             limits = LLParserLimits(
@@ -232,28 +234,26 @@ class Grammars:
     ) -> str:
         """The grammar of tool calls, or text and calls if not required, ``header`` before text;
         adds to ``schemas``."""
-        arguments = dict[str, str]()
-        for function in policy.functions:
-            about = bool(function.strict), f"tool {function.name!r}", "tools", schemas
-            given = self._json if self._dialect.format.tagged is None else self._tagged
-            arguments[function.name] = given(function.schema_of_arguments, *about)
-            if sum(map(len, arguments.values())) > _MAX_SCHEMAS:
-                problem = f"have more than {_MAX_SCHEMAS} characters together"
-                raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
-        marks = self._dialect.format
-        opening, literal = self._literal(marks.opening), self._literal
+        marks, literal, size = self._dialect.format, self._literal, 0
+        opening = literal(marks.opening)
         if marks.lead:
             opening = f"({literal(marks.lead)})? {opening}"
         more = f"({literal(marks.joint)} call){{0,{MAX_CALLS - 1}}}"
         calls = f"call {'' if policy.single or marks.single else more} {literal(marks.closing)}"
         names = " | ".join(f"f{index}" for index in range(len(policy.allowed)))
         rules = [f"call: {literal(marks.head)} ({names})"]
+        write = self._json if marks.tagged is None else self._tagged
         for index, function in enumerate(policy.allowed):
+            about = bool(function.strict), f"tool {function.name!r}", schemas
+            arguments = write(function.schema_of_arguments, *about)
+            if (size := size + len(arguments)) > _MAX_SCHEMAS:
+                problem = f"have more than {_MAX_SCHEMAS} characters together"
+                raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
             before, number, after = marks.middle.partition(INDEX)
             name = literal(function.name + before)
             if number:
                 name += f" /[0-9]{{1,4}}/ {literal(after)}"
-            rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
+            rules.append(f"f{index}: {name} {arguments} {literal(marks.tail)}")
         if marks.tagged is not None:
             rules += self._value(marks.tagged[2])
         if policy.required:
@@ -289,9 +289,7 @@ class Grammars:
         before, _, _ = mark.partition(token)
         return before, token, mark.removeprefix(before)
 
-    def _tagged(
-        self, schema: Json, strict: bool, where: str, param: str, schemas: list[_Schema]
-    ) -> str:
+    def _tagged(self, schema: Json, strict: bool, where: str, schemas: list[_Schema]) -> str:
         """The grammar of arguments that are tagged, in the order of their properties: text as it
         is, other values as JSON.  Raises ``RefusedError``."""
         marks, literal = self._dialect.format, self._literal
@@ -302,13 +300,13 @@ class Grammars:
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         properties = schema.get("properties", {})
         if not isinstance(properties, dict) or not isinstance(required, list):
-            raise RefusedError(f"{where}: properties or required are malformed", param)
+            raise _refusal(where, "properties or required are malformed")
         for key, inner in properties.items():
             before, end = tags[0] + key + tags[1], literal(tags[2])
             text = f"{literal(before + kinds[0])} value"
             if not is_text(inner):
                 given = {**definitions, **inner} if isinstance(inner, dict) else {}
-                value = self._json(given, strict, f"{where}: {key}", param, schemas)
+                value = self._json(given, strict, f"{where}: {key}", schemas)
                 value = f"{literal(before + kinds[1])} {value} {end}"
                 if marks.kinds is not None and _takes_text(inner):
                     value += f" | {text}"
@@ -320,7 +318,7 @@ class Grammars:
                 value = text
             gap = f" {literal(marks.gap)}" if marks.gap else ""
             parts.append(f"(({value}){gap}){'' if key in required else '?'}")
-        schemas.append(_Schema('""', where, param, strict, unheld))
+        schemas.append(_Schema('""', where, strict, unheld))
         if marks.gap:
             parts = [literal(marks.gap), *parts, f"({literal(marks.gap)})?"]
         return " ".join(parts) or '""'
@@ -333,25 +331,22 @@ class Grammars:
         texts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
-    def _json(
-        self, schema: Json, strict: bool, where: str, param: str, schemas: list[_Schema]
-    ) -> str:
+    def _json(self, schema: Json, strict: bool, where: str, schemas: list[_Schema]) -> str:
         """``schema`` in a grammar; adds it to ``schemas``.  Raises ``RefusedError``."""
         unheld = list[str]()
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
-                problem = f"the schema has more than {_MAX_SCHEMA} characters"
-                raise RefusedError(f"{where}: {problem}", param, 413)
+                raise _refusal(where, f"the schema has more than {_MAX_SCHEMA} characters", 413)
             kept = _bounded(schema, unheld, closes=not _shares(schema))
         except RecursionError:
-            raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
+            raise _refusal(where, "the schema is nested too deeply") from None
         except ValueError as error:
-            raise RefusedError(f"{where}: the schema {error}", param) from None
+            raise _refusal(where, f"the schema {error}") from None
         if "x-guidance" in schema:
-            raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
+            raise _refusal(where, "the schema has the unknown keyword 'x-guidance'")
         guidance = {**_SPACING, "lenient": not strict}
         text = f"%json {json.dumps({**kept, 'x-guidance': guidance})}"
-        schemas.append(_Schema(text, where, param, strict, unheld))
+        schemas.append(_Schema(text, where, strict, unheld))
         return text
 
 

@@ -4,8 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from datetime import datetime, timezone
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import FIM_TOKENS
+from slotmoe.offload.model_cache import timestamp
 from slotmoe.tools.serve import openai, requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
@@ -45,7 +45,6 @@ class OllamaCall(requests.Fields):
 
 class OllamaMessage(requests.Fields):
     inside = "messages"
-    refused: ClassVar = {"images": "the model reads text"}
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = None
     thinking: Text | None = None
@@ -89,37 +88,36 @@ class OllamaRequest(requests.Fields):
 
 
 class OllamaChatRequest(OllamaRequest):
-    messages: Annotated[list[OllamaMessage], Field(max_length=requests.MAX_ITEMS)] | None = None
+    messages: list[OllamaMessage] | None = None
     tools: requests.Tools | None = None
+
+    def chat(self) -> requests.Conversation:
+        """A result without an id is of the first call left, by name if given."""
+        told, calls = list[Message](), list[Call]()
+        for message in self.messages or ():
+            said = Message(message.role, message.content or "", thoughts=message.thinking or "")
+            if message.role == "tool":
+                same = [call for call in calls if call.id == message.tool_call_id]
+                same += [call for call in calls if message.tool_name in (None, call.name)]
+                calls = [call for call in calls if call not in same[:1]]
+                said.call_id = same[0].id if same else "none"
+            elif message.role == "assistant":
+                calls = said.calls = [
+                    Call(made.id or f"{len(told)}-{n}", f.name, json.dumps(f.arguments))
+                    for n, made in enumerate(message.tool_calls or ())
+                    for f in [made.function]
+                ]
+            told.append(said)
+        policy = requests.tool_policy([tool.function for tool in self.tools or ()], None)
+        return self.conversation(told, policy)
 
 
 class GenerateRequest(OllamaRequest):
-    refused: ClassVar = {"context": "send messages to /api/chat", "images": "the model reads text"}
     prompt: Text | None = None
     suffix: Text | None = None
     system: Text | None = None
     raw: bool | None = None
     template: Literal[""] | None = None
-
-
-def _messages(given: Sequence[OllamaMessage]) -> list[Message]:
-    """A result without an id is of the first call left, by name if given."""
-    told, calls = list[Message](), list[Call]()
-    for message in given:
-        said = Message(message.role, message.content or "", thoughts=message.thinking or "")
-        if message.role == "tool":
-            same = [call for call in calls if call.id == message.tool_call_id]
-            same += [call for call in calls if message.tool_name in (None, call.name)]
-            calls = [call for call in calls if call not in same[:1]]
-            said.call_id = same[0].id if same else "none"
-        elif message.role == "assistant":
-            calls = said.calls = [
-                Call(made.id or f"{len(told)}-{n}", f.name, json.dumps(f.arguments))
-                for n, made in enumerate(message.tool_calls or ())
-                for f in [made.function]
-            ]
-        told.append(said)
-    return told
 
 
 class Lines(EventStream):
@@ -138,9 +136,7 @@ async def chat(body: OllamaChatRequest, request: Request, service: Serving) -> R
     options = body.answer_options(service)
     if not body.messages:
         return _loaded(body, {"message": {"role": "assistant", "content": ""}})
-    policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
-    told = body.conversation(_messages(body.messages), policy)
-    return await _respond(body, await chat_answers(service, request, told, options))
+    return await _respond(body, await chat_answers(service, request, body.chat(), options))
 
 
 @router.post("/generate", responses=Lines.responses)
@@ -161,12 +157,8 @@ async def generate(body: GenerateRequest, request: Request, service: Serving) ->
 def _loaded(body: OllamaRequest, empty: Json) -> Response:
     """For clients that only want the model in memory, or out of it."""
     reason = "unload" if body.keep_alive in (0, "0") else "load"
-    about = {"model": body.model, "created_at": _time(time.time()), **empty}
+    about = {"model": body.model, "created_at": timestamp(time.time()), **empty}
     return JSONResponse({**about, "done": True, "done_reason": reason})
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
 
 async def _respond(body: OllamaRequest, answers: Answers) -> Response:
@@ -185,7 +177,7 @@ async def _respond(body: OllamaRequest, answers: Answers) -> Response:
         content: Json = {"message": {"role": "assistant", **said}} if is_chat else said
         if scores := answers.scores(update.tokens):
             content["logprobs"] = scores
-        about = {"model": answers.service.name, "created_at": _time(time.time())}
+        about = {"model": answers.service.name, "created_at": timestamp(time.time())}
         return {**about, **content, "done": False}
 
     async def events() -> AsyncIterator[str]:
@@ -258,7 +250,7 @@ def _described(service: Service, name: str) -> Json:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     return {
         **{"name": name, "model": name, "digest": manifest["checksum"], "size": size},
-        **{"modified_at": _time(service.created), "context_length": service.runtime.context},
+        **{"modified_at": timestamp(service.created), "context_length": service.runtime.context},
         "size_vram": service.runtime.plan.budget if service.runtime.plan.tier == "vram" else 0,
         "details": {"family": family, "families": [family], "quantization_level": codes},
     }

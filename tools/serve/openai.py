@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, Field, Tag
@@ -111,8 +111,7 @@ class OpenAIRequest(requests.GenerationRequest):
     @property
     def wanted(self) -> requests.Rule | None:
         """What answers follow.  Raises ``RefusedError``."""
-        form = self.response_format
-        rule = form.wanted if form is not None else None
+        rule = requests.rule_of(self.response_format)
         given = [] if rule is None else ["response_format"]
         names = ("structured_outputs", "json_schema", "grammar")
         given += [name for name in names if getattr(self, name) is not None]
@@ -128,6 +127,7 @@ class OpenAIRequest(requests.GenerationRequest):
 class Templated(requests.Fields):
     """A conversation, and how the chat template writes it."""
 
+    model: requests.Label | None = None
     messages: requests.Messages | None = None
     tools: requests.Tools | None = None
     add_generation_prompt: bool | None = Field(None, description="if false, no answer is begun")
@@ -160,13 +160,6 @@ class Templated(requests.Fields):
 class ChatRequest(OpenAIRequest, Templated):
     """``/v1/chat/completions``."""
 
-    refused: ClassVar = {
-        "audio": "answers are text",
-        "functions": "use tools",
-        "function_call": "use tool_choice",
-        "moderation": "the server does not moderate",
-        "web_search_options": "the server does not search",
-    }
     messages: requests.Messages
     max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
     max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")

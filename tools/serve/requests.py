@@ -11,19 +11,11 @@ from dataclasses import dataclass, field, fields
 from itertools import dropwhile
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.sampling import Sampling
-from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.errors import TEXTS, RefusedError
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 1024
@@ -88,12 +80,16 @@ def _bound_lists(schema: object) -> None:
 
 class Fields(BaseModel):
     """Base of all requests and their parts: no silent conversion, no NaN, and a bound on what an
-    error costs: each list is checked to its first.  A field of ``refused`` may only be null, or an
-    empty list, for the reason that is there; ``inside`` is the request's field that has it."""
+    error costs: each list is checked to its first.  A field of ``refused``, in ``errors.json``, may
+    only be null, or an empty list; ``inside`` is the request's field that has it."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    model_config = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
     refused: ClassVar[Mapping[str, str]] = {}
     inside: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.refused = {**cls.refused, **TEXTS["refused"].get(cls.__name__, {})}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -165,32 +161,29 @@ class Rule(NamedTuple):
 
 
 class JsonSchema(Fields):
-    definition: Annotated[Json, Field(alias="schema")]
+    definition: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(Fields):
-    """The schema of a ``json_schema`` is an object by itself in the chat, and in line in responses;
+class ResponseFormat(JsonSchema):
+    """The schema of a ``json_schema`` is an object by itself in the chat, and in line elsewhere;
     llama.cpp's ``json_object`` may have one too."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     name: Label | None = None
-    definition: Annotated[Json | None, Field(alias="schema")] = None
-    strict: bool | None = None
 
-    @property
-    def wanted(self) -> Rule | None:
-        """Raises ``RefusedError``."""
-        given = self.json_schema or self
-        definition = given.definition
-        if definition is None and self.type == "json_schema":
-            raise RefusedError("response_format: the schema is missing", "response_format")
-        if definition is None and self.type == "json_object":
-            definition = {"type": "object"}
-        if definition is None:
-            return None
-        return Rule("json", definition, strict=bool(given.strict))
+
+def rule_of(form: ResponseFormat | None) -> Rule | None:
+    """Raises ``RefusedError``."""
+    if form is None:
+        return None
+    given = form.json_schema or form
+    if given.definition is not None:
+        return Rule("json", given.definition, strict=bool(given.strict))
+    if form.type == "json_schema":
+        raise RefusedError("the schema of a format is missing", "response_format")
+    return Rule("json", {"type": "object"}) if form.type == "json_object" else None
 
 
 class TextPart(Fields):
@@ -268,8 +261,11 @@ class Thinking(Fields):
         return {"disabled": "none", "enabled": wanted or "high"}.get(self.type)
 
 
-class CalledFunction(Fields):
+class FunctionName(Fields):
     name: Name
+
+
+class CalledFunction(FunctionName):
     arguments: Text  # JSON
 
 
@@ -283,11 +279,6 @@ class ChatMessage(Fields):
     """Clients send back what they got, and what they added to it."""
 
     inside = "messages"
-    refused: ClassVar = {
-        "refusal": "the server makes none",
-        "audio": "the model reads text",
-        "function_call": "use tool_calls",
-    }
     role: Literal["system", "developer", "user", "assistant", "tool", "latest_reminder"]
     content: Content | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
@@ -300,12 +291,10 @@ class ChatMessage(Fields):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, message: object) -> object:
-        if not isinstance(message, dict) or message.get("role") != "tool":
-            return message
-        parts = message.get("content")
-        return (
-            {**message, "content": [*map(readable, parts)]} if isinstance(parts, list) else message
-        )
+        match message:
+            case {"role": "tool", "content": [*parts], **others}:
+                return {**others, "role": "tool", "content": [*map(readable, parts)]}
+        return message
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ChatMessage":
@@ -339,10 +328,9 @@ def with_system(texts: Iterable[str | None], messages: list[Message]) -> list[Me
     return [Message("system", text), *rest] if text else rest
 
 
-class Function(Fields):
+class Function(FunctionName):
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
-    name: Name
     description: Description | None = None
     parameters: Json | None = None
     strict: bool | None = None  # no keyword of the schema may be relaxed
@@ -358,10 +346,6 @@ class Function(Fields):
         return {**self.parameters, "type": "object"}
 
 
-class FunctionName(Fields):
-    name: Name
-
-
 class FunctionTool(Fields):
     type: Literal["function"]
     function: Function
@@ -370,13 +354,12 @@ class FunctionTool(Fields):
 @dataclass(frozen=True)
 class ToolPolicy:
     """The model may call those of ``allowed``, must call if ``required``, and calls once if
-    ``single``.  All ``functions`` are described to it, the ``deferred`` ones in messages."""
+    ``single``.  ``functions`` are described to it before all messages, others in them."""
 
     functions: Sequence[Function]
     allowed: Sequence[Function]
     required: bool
     single: bool
-    deferred: frozenset[str] = frozenset()
 
 
 def tool_policy(

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator, Field
@@ -133,17 +133,6 @@ class ReasoningConfig(requests.Fields):
 class ResponsesRequest(requests.GenerationRequest):
     """``/v1/responses``."""
 
-    refused: ClassVar = {
-        "background_options": "answers come at once",
-        "access_programs": "the server has no programs",
-        "context_management": "a conversation is read whole",
-        "conversation": _STATELESS,
-        "image": "answers are text",
-        "moderation": "the server does not moderate",
-        "personality": "the model has no such setting",
-        "previous_response_id": _STATELESS,
-        "prompt": "no prompts are stored here; send its text",
-    }
     input: TextOr[
         requests.Text, Annotated[list[Annotated[Item, BeforeValidator(_known)]], requests.SOME]
     ]
@@ -177,10 +166,9 @@ class ResponsesRequest(requests.GenerationRequest):
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
-        form = self.text.format if self.text is not None else None
+        wanted = requests.rule_of(self.text.format if self.text is not None else None)
         effort = self.reasoning.effort if self.reasoning is not None else None
         messages = requests.with_system([self.instructions], said)
-        wanted = form.wanted if form is not None else None
         return requests.Conversation(messages, policy, wanted, effort)
 
     def options(self) -> requests.AnswerOptions:
@@ -278,13 +266,6 @@ async def count_tokens(body: ResponsesRequest, service: Serving) -> Response:
     service.check_model(body.model)
     count = len(await service.chat_ids(body.chat()))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
-
-
-@router.get(PATH + "/{id:path}", include_in_schema=False)
-@router.delete(PATH + "/{id:path}", include_in_schema=False)
-async def stored(id: str) -> Response:
-    """Raises ``RefusedError``: for clients that ask for what OpenAI would have stored."""
-    raise RefusedError(f"no response {id!r:.80}: {_STATELESS}", "response_id", 404)
 
 
 class Draft:

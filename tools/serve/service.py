@@ -25,8 +25,7 @@ from slotmoe.tools.serve.requests import Conversation, Rule, ToolPolicy
 
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
-_HISTOGRAMS = {"queue": "its first step", "first_token": "first token"}
-_HISTOGRAMS["answer"] = "the end of the answer"
+_TIMES = {"queue": "its first step", "first_token": "first token", "answer": "the answer's end"}
 _LOOK_SECONDS = 0.1  # after which it is seen that a client has left
 _asking: ContextVar[Request] = ContextVar("asking")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
@@ -61,10 +60,10 @@ class Service:
         self.refused = 0  # requests, because the queue was full
         self.registry = CollectorRegistry()
         about: Json = {"buckets": _SECONDS, "registry": self.registry}
-        self._queue, self._first, self._answer = (
-            Histogram(f"slotmoe_{name}_seconds", f"From request to {text}", **about)
-            for name, text in _HISTOGRAMS.items()
-        )
+        self._times = {
+            name: Histogram(f"slotmoe_{name}_seconds", f"From request to {text}", **about)
+            for name, text in _TIMES.items()
+        }
         self.registry.register(self)
 
     def check_model(self, model: str | None) -> None:
@@ -182,9 +181,9 @@ class Service:
         """Note the times of an answer that has ended."""
         self._open.discard(request)
         if request.first_token:
-            self._queue.observe(request.started - request.submitted)
-            self._first.observe(request.first_token - request.submitted)
-        self._answer.observe(time.monotonic() - request.submitted)
+            self._times["queue"].observe(request.started - request.submitted)
+            self._times["first_token"].observe(request.first_token - request.submitted)
+        self._times["answer"].observe(time.monotonic() - request.submitted)
 
     def described(self, name: str) -> Json:
         """The model in OpenAI's list of models, and in Anthropic's."""

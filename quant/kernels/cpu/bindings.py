@@ -43,7 +43,7 @@ from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Stru
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.system import cores
 
-ABI = 19
+ABI = 18
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
@@ -54,19 +54,19 @@ class Kernels:
     queue), release the GIL while they run, and raise ValueError for bad arguments first."""
 
     def __init__(self, path: Path) -> None:
-        self._lib = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
-        self._lib.slotmoe_isa.restype = self._lib.slotmoe_isa_name.restype = ctypes.c_char_p
-        self._lib.slotmoe_read.argtypes = ctypes.c_void_p, ctypes.c_int64
-        if self._lib.slotmoe_abi() != ABI:
-            raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
+        self.library = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
+        self.library.slotmoe_isa.restype = self.library.slotmoe_isa_name.restype = ctypes.c_char_p
+        self.library.slotmoe_read.argtypes = ctypes.c_void_p, ctypes.c_int64
+        if self.library.slotmoe_abi() != ABI:
+            raise OSError(f"{path} has ABI {self.library.slotmoe_abi()}, expected {ABI}")
         self.set_threads(cores())
         self._decoded = [0.0] * len(PARTS)
-        self._functions = {name: NativeFunction(self._lib, name) for name in SIGNATURES}
+        self._functions = {name: NativeFunction(self.library, name) for name in SIGNATURES}
         vars(self).update((name, self._functions[name]) for name in {*SIGNATURES} - {*dir(Kernels)})
         self.isas = tuple(
-            self._lib.slotmoe_isa_name(i).decode()
-            for i in range(self._lib.slotmoe_isa_count())
-            if self._lib.slotmoe_isa_supported(i)
+            self.library.slotmoe_isa_name(i).decode()
+            for i in range(self.library.slotmoe_isa_count())
+            if self.library.slotmoe_isa_supported(i)
         )
         """Instruction sets that this machine can run, best first: among amx, amx_plain (the same
         without AMX, for tests), avx512vbmi, avx512vnni, avxvnni, avx2, neon_i8mm, neon_dot, neon,
@@ -85,38 +85,38 @@ class Kernels:
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        name: bytes = self._lib.slotmoe_isa()
+        name: bytes = self.library.slotmoe_isa()
         return name.decode()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the binary: the same on machines that compute the same bits by one `isa`."""
-        return hashlib.sha256(Path(self._lib._name).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(self.library._name).read_bytes()).hexdigest()
 
     def set_isa(self, name: str) -> None:
         """Use one of `isas` from the next call on.  Raises `ConfigError`."""
-        if self._lib.slotmoe_set_isa(name.encode()):
+        if self.library.slotmoe_set_isa(name.encode()):
             here = ", ".join(self.isas)
             raise ConfigError(f"instruction set {name!r:.40} is not one of this machine's: {here}")
 
     @property
     def threads(self) -> int:
         """Threads that the next call uses, the caller included."""
-        return int(self._lib.slotmoe_threads())
+        return int(self.library.slotmoe_threads())
 
     def set_threads(self, count: int) -> None:
         """Threads from the next call on, the caller included (1 to 256)."""
         if not 1 <= count <= 256:
             raise ValueError(f"{count} threads: expected 1 to 256")
-        self._lib.slotmoe_set_threads(count)
+        self.library.slotmoe_set_threads(count)
 
     def set_cpus(self, cpus: Sequence[int]) -> None:
         """Where threads run from the next call on, the caller excepted; anywhere for none."""
-        self._lib.slotmoe_set_cpus((ctypes.c_int32 * len(cpus))(*cpus), len(cpus))
+        self.library.slotmoe_set_cpus((ctypes.c_int32 * len(cpus))(*cpus), len(cpus))
 
     def read(self, memory: Tensor) -> None:
         """Read every byte of uint8 [n] with all threads: the kernels' bound."""
-        self._lib.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
+        self.library.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
     def tile_int8(self, weight: Int8Weight, empty: Empty, fine: bool = False) -> Matrix:
         """A copy in the order of `linear`, in memory from `empty`; `fine` as in `Matrix`."""

@@ -1,0 +1,538 @@
+#if defined(SLOTMOE_SHADERS) && __has_include(<vulkan/vulkan_core.h>)
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../cpu/isa.h"
+#include "shaders.h"
+
+namespace slotmoe::vulkan {
+namespace {
+
+enum ShaderName { kEmbed, kMultiply, kQueriesOf, kAttend, kValuesOf, kRoute, kGreedy };
+#define SLOTMOE_SHADER(name) {name##_spirv, sizeof(name##_spirv)}
+const Shader kShaders[] = {SLOTMOE_SHADER(embed),  SLOTMOE_SHADER(multiply), SLOTMOE_SHADER(queries),
+                           SLOTMOE_SHADER(attend), SLOTMOE_SHADER(values),   SLOTMOE_SHADER(route),
+                           SLOTMOE_SHADER(greedy)};
+#undef SLOTMOE_SHADER
+
+constexpr int64_t kMostExperts = 1024, kMostShared = 32768;  // of route.comp; bytes of a workgroup
+
+int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t size_of(int64_t kind) { return kind == kInt8 ? 1 : kind == kF32 ? 4 : 2; }
+constexpr uint64_t set(Set of) { return uint64_t{1} << of; }
+
+// Bytes of a matrix's elements or codes, and of its scales.
+int64_t data_bytes(const Matrix& w) {
+    if (!is_coded(w.kind)) return w.n * w.k * size_of(w.kind);
+    return up(w.n, kTile) / kTile * code_bytes(w.kind, up(w.k, kBlock) / kBlock);
+}
+int64_t scale_bytes(const Matrix& w) {
+    if (w.kind == kInt8) return 4 * w.n;
+    return is_coded(w.kind) ? up(w.n, kTile) / kTile * slotmoe::scale_bytes(w.kind, up(w.k, kBlock) / kBlock) : 0;
+}
+
+[[noreturn]] void refuse(const std::string& text) { throw Failure{kBadArgument, text}; }
+void require(bool right, const char* text) {
+    if (!right) refuse(text);
+}
+
+// Of one step, as the shaders read it; rotations [kRows, p / 2, 2] follow, then the table.
+struct Io {
+    uint32_t stop;
+    int32_t token[kRows];
+    uint32_t position[kRows];
+    float factor[kRows];
+    uint32_t unused;
+    uint64_t cache[kRows], layer_bytes[kRows];
+};
+static_assert(sizeof(Io) == 232 && offsetof(Io, cache) == 104, "as common.glsl has it");
+constexpr uint32_t kNone = 0xffffffff;
+
+// Parameters of the shaders, as they have them.
+struct Part {
+    uint64_t data[2], scale[2], levels, x, gain, y, add, normed, records, indices, weights, others;
+    uint32_t kind, n, k, pair, uses, x_row, x_use, y_row, y_use;
+    float eps;
+};
+static_assert(sizeof(Part) == 152);
+struct EmbedParameters {
+    uint64_t data, scale, given, y;
+    uint32_t kind, columns, tokens;
+};
+struct QueriesParameters {
+    uint64_t q, latent, norm, data, scale, y;
+    uint32_t kind, heads, n, p, r, v, halves, layer;
+    float eps;
+};
+struct AttendParameters {
+    uint64_t q, sums, best;
+    uint32_t heads, splits, layer;
+    float scale;
+};
+struct ValuesParameters {
+    uint64_t sums, best, data, scale, y;
+    uint32_t kind, heads, splits, n, v;
+};
+struct RouteParameters {
+    uint64_t logits, bias, table, weights, indices, told_weights, told_indices, told_stop;
+    uint32_t groups, kept, top_k, group_best, sigmoid, normalized, layer;
+    float factor;
+};
+struct GreedyParameters {
+    uint64_t logits, chosen;
+    uint32_t count;
+};
+
+}  // namespace
+
+// What is built up while a decoder is made.
+class Decoder::Program {
+public:
+    explicit Program(Decoder& decoder) : decoder_(decoder) {}
+
+    template <class T>
+    Task& add(ShaderName shader, const T* blocks, size_t count, uint64_t reads, uint64_t writes, int64_t x, int64_t y = 1,
+              const Constants& constants = {}) {
+        Task task{reads | set(kIo), writes};
+        task.shader = shader;
+        task.x = static_cast<uint32_t>(x);
+        task.y = static_cast<uint32_t>(y);
+        task.serial = serial;
+        task.pipeline = decoder_.device_.pipeline(kShaders[shader], constants);
+        parameters.resize(up(static_cast<int64_t>(parameters.size()), 16));
+        task.parameters = parameters.size();
+        if constexpr (std::is_same_v<T, Part>) {
+            const uint64_t number = count;
+            const auto* bytes = reinterpret_cast<const uint8_t*>(&number);
+            parameters.insert(parameters.end(), bytes, bytes + sizeof(number));
+        }
+        const auto* bytes = reinterpret_cast<const uint8_t*>(blocks);
+        parameters.insert(parameters.end(), bytes, bytes + count * sizeof(T));
+        decoder_.tasks_.push_back(task);
+        return decoder_.tasks_.back();
+    }
+    template <class T>
+    Task& add(ShaderName shader, const T& block, uint64_t reads, uint64_t writes, int64_t x, int64_t y = 1,
+              const Constants& constants = {}) {
+        return add(shader, &block, 1, reads, writes, x, y, constants);
+    }
+    void multiply(const std::vector<Part>& parts, uint64_t reads, uint64_t writes) {
+        int64_t tiles = 0;
+        uint32_t lanes = 1, uses = 1;
+        for (const Part& part : parts) {
+            tiles += up(part.n, kTile) / kTile * (part.weights ? 1 : part.uses);
+            if (part.weights) uses = part.uses;
+        }
+        while (lanes < uses && 256 * lanes <= static_cast<uint32_t>(decoder_.device_.limits().threads)) lanes *= 2;
+        add(kMultiply, parts.data(), parts.size(), reads, writes, tiles, 1, {128 * lanes, lanes, uses});
+    }
+    void copy(const Memory* from, int64_t source, const Memory* to, int64_t target, int64_t bytes, bool each_row,
+              uint64_t reads, uint64_t writes) {
+        Task task{reads, writes};
+        task.from = from;
+        task.to = to;
+        task.source = source;
+        task.target = target;
+        task.bytes = bytes;
+        task.each_row = each_row;
+        decoder_.tasks_.push_back(task);
+    }
+    int64_t here() const { return static_cast<int64_t>(decoder_.tasks_.size()); }
+
+    uint32_t serial = 0;  // choices of experts before
+    std::vector<uint8_t> parameters;
+
+private:
+    Decoder& decoder_;
+};
+
+namespace {
+
+Part part_of(const Matrix& matrix, uint64_t x, uint64_t y) {
+    Part part{};
+    part.data[0] = matrix.data;
+    part.scale[0] = matrix.scale;
+    part.levels = matrix.levels;
+    part.kind = static_cast<uint32_t>(matrix.kind);
+    part.n = part.y_row = static_cast<uint32_t>(matrix.n);
+    part.k = part.x_row = static_cast<uint32_t>(matrix.k);
+    part.x = x;
+    part.y = y;
+    part.uses = 1;
+    return part;
+}
+
+Part normed(Part part, uint64_t gain, double eps) {
+    part.gain = gain;
+    part.eps = static_cast<float>(eps);
+    return part;
+}
+
+Part pair_of(const Matrix& gate, const Matrix& up, uint64_t x, uint64_t y) {
+    Part part = part_of(gate, x, y);
+    part.data[1] = up.data;
+    part.scale[1] = up.scale;
+    part.pair = 1;
+    return part;
+}
+
+}  // namespace
+
+void Decoder::check(const Model& m) const {
+    const int64_t sizes[] = {m.layers, m.hidden, m.heads, m.n, m.p, m.r, m.v};
+    for (const int64_t size : sizes) require(size >= 1 && size < 1 << 24, "a size of the model is out of range");
+    require(m.hidden % 4 == 0 && m.n % 4 == 0 && m.r % 4 == 0 && m.v % 4 == 0 && m.p % 2 == 0,
+            "hidden size and widths of heads must be multiples of 4");
+    require(32 * (m.r + m.p) + 1024 <= kMostShared && m.p <= 256, "latent rows are too wide");
+    const auto span = [&](uint64_t address, int64_t bytes) {
+        require(address % 16 == 0, "an address is not a multiple of 16");
+        device_.holding(address, bytes);
+    };
+    const auto matrix = [&](const Matrix& w, int64_t n, int64_t k, bool rows_alone = false) {
+        require(w.kind >= kInt8 && w.kind <= kBf16 && !(rows_alone && is_coded(w.kind)), "a matrix is of a kind that is not served here");
+        require(w.n == n && w.k == k, "a matrix has another shape than the model says");
+        require(k % 4 == 0, "the columns of a matrix must be a multiple of 4");
+        span(w.data, data_bytes(w));
+        if (const int64_t bytes = scale_bytes(w)) span(w.scale, bytes);
+        if (is_coded(w.kind)) span(w.levels, 64);
+    };
+    const auto norm = [&](uint64_t address, int64_t columns) { span(address, 4 * columns); };
+    bool routed = false;
+    for (int64_t l = 0; l < m.layers; l++) {
+        const Layer& layer = m.layer[l];
+        const int64_t width = m.heads * (m.n + m.p);
+        norm(layer.input_norm, m.hidden);
+        norm(layer.latent_norm, m.r);
+        norm(layer.next_norm, m.hidden);
+        if (layer.query_b.n) {
+            matrix(layer.query, layer.query_b.k, m.hidden);
+            matrix(layer.query_b, width, layer.query.n);
+            norm(layer.query_norm, layer.query.n);
+        } else {
+            matrix(layer.query, width, m.hidden);
+        }
+        matrix(layer.latent, m.r + m.p, m.hidden);
+        matrix(layer.kv_b, m.heads * (m.n + m.v), m.r, true);
+        matrix(layer.out, m.hidden, m.heads * m.v);
+        const Matrix& gate = layer.mlp_gate;
+        if (layer.gate.n) {
+            routed = true;
+            matrix(layer.gate, m.experts, m.hidden);
+            if (layer.gate_bias) norm(layer.gate_bias, m.experts);
+        } else {
+            require(gate.n, "a layer has neither experts nor an MLP");
+        }
+        if (gate.n) {
+            require(gate.kind == layer.mlp_up.kind, "gate and up of an MLP are of two kinds");
+            matrix(gate, gate.n, m.hidden);
+            matrix(layer.mlp_up, gate.n, m.hidden);
+            matrix(layer.mlp_down, m.hidden, gate.n);
+        }
+    }
+    if (routed) {
+        require(m.experts >= 1 && m.experts <= kMostExperts && m.groups >= 1 && m.experts % m.groups == 0 && m.kept >= 1 &&
+                    m.kept <= m.groups && m.top_k >= 1 && m.top_k <= m.kept * (m.experts / m.groups) && m.top_k <= 128 &&
+                    m.group_best >= 1 && m.group_best <= 2 && m.scoring >= 0 && m.scoring <= 1,
+                "the router is of a kind that is not served here");
+        require(is_coded(m.gate_up) && is_coded(m.down), "experts are of a kind that is not served here");
+        require(m.intermediate >= 1 && m.intermediate % 4 == 0, "the experts' width must be a multiple of 4");
+        for (const int64_t place : m.places) require(place >= 0 && place % 4 == 0, "a part of a record is not at a multiple of 4");
+        span(m.levels, 128);
+    }
+    if (m.embedding.n) matrix(m.embedding, m.vocabulary, m.hidden, true);
+    if (m.head.n) {
+        require(m.vocabulary >= 1, "the model has no vocabulary");
+        matrix(m.head, m.vocabulary, m.hidden);
+        norm(m.norm, m.hidden);
+    }
+}
+
+Decoder::Decoder(Device& device, const Model& m) : device_(device) {
+    check(m);
+    try {
+        const int64_t D = m.hidden, H = m.heads, W = m.r + m.p, K = m.top_k, E = m.experts;
+        int64_t low = 0, between = 0, moe = 0;
+        for (int64_t l = 0; l < m.layers; l++) {
+            if (m.layer[l].query_b.n) low = std::max(low, m.layer[l].query.n);
+            between = std::max(between, m.layer[l].mlp_gate.n);
+            moe += m.layer[l].gate.n != 0;
+        }
+        // A long context is split the more, the fewer heads there are.
+        const int64_t splits = std::clamp<int64_t>(1024 / H, 16, 64);
+        hidden_ = D;
+        rope_ = m.p;
+        tokens_ = m.embedding.n;
+        table_ = up(sizeof(Io) + 4 * kRows * m.p, 16);
+        const int64_t io_bytes = table_ + 8 * moe * E;
+
+        // Memory of each set, on the device or mapped.
+        spans_.resize(kSets);
+        int64_t size = 0;
+        const auto scratch = [&](Set of, int64_t bytes) {
+            spans_[of] = {static_cast<uint64_t>(size), bytes};
+            size += up(std::max<int64_t>(bytes, 16), 256);
+        };
+        const auto rows = [&](Set of, int64_t columns) { scratch(of, 4 * kRows * columns); };
+        scratch(kIo, io_bytes);
+        rows(kHidden, D);
+        rows(kLow, low);
+        rows(kQuery, H * (m.n + m.p));
+        rows(kLatent, W);
+        rows(kQueries, H * W);
+        rows(kSums, H * splits * (m.r + 2));
+        rows(kValues, H * m.v);
+        rows(kBetween, D);
+        rows(kLogits, E);
+        rows(kNormed, moe * D);
+        rows(kActivated, between);
+        rows(kExperts, K * m.intermediate);
+        rows(kChoice, 2 * K);
+        rows(kShared, D);
+        rows(kScores, m.head.n ? m.vocabulary : 0);
+        scratch_ = device_.allocate(kDevice, size, nullptr);
+        for (Span& span : spans_) span.address += span.bytes ? scratch_->address : 0;
+
+        io_ = 0;
+        taken_ = up(io_bytes, 256);
+        told_ = taken_ + up(4 * kRows * D, 256);
+        const int64_t choices = up(4 * moe * kRows * K, 256);
+        const int64_t told_weights = 256 + choices, told_hidden = told_weights + choices;
+        const int64_t told_logits = told_hidden + up(4 * kRows * D, 256);
+        const int64_t told_bytes = told_logits + 4 * kRows * (m.head.n ? m.vocabulary : 0);
+        mapped_ = device_.allocate(kMapped, told_ + told_bytes, nullptr);
+        std::memset(mapped_->mapped, 0, mapped_->bytes);
+        spans_[kTaken] = {mapped_->address + taken_, 4 * kRows * D};
+        spans_[kTold] = {mapped_->address + told_, told_bytes};
+
+        const auto at = [&](Set of) { return spans_[of].address; };
+        const auto device_offset = [&](Set of) { return static_cast<int64_t>(at(of) - scratch_->address); };
+        const uint64_t told = spans_[kTold].address, best = at(kSums) + 4 * kRows * H * splits * m.r;
+        const uint64_t indices = at(kChoice), weights = indices + 4 * kRows * K;
+        const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
+        Program program(*this);
+        program.copy(mapped_, io_, scratch_, device_offset(kIo), io_bytes, false, set(kTaken), set(kIo));
+        views_.begin = program.here();
+
+        const EmbedParameters embed{m.embedding.data, m.embedding.scale, at(kTaken), at(kHidden), number(m.embedding.kind),
+                                    number(D), number(m.embedding.n)};
+        program.add(kEmbed, embed, set(kTaken), set(kHidden), up(D / 4, 64) / 64);
+        for (int64_t l = 0; l < m.layers; l++) {
+            const Layer& layer = m.layer[l];
+            Part query = normed(part_of(layer.query, at(kHidden), at(layer.query_b.n ? kLow : kQuery)), layer.input_norm, m.eps);
+            Part latent = normed(part_of(layer.latent, at(kHidden), at(kLatent)), layer.input_norm, m.eps);
+            program.multiply({query, latent}, set(kHidden), set(layer.query_b.n ? kLow : kQuery) | set(kLatent));
+            if (layer.query_b.n) {
+                Part second = normed(part_of(layer.query_b, at(kLow), at(kQuery)), layer.query_norm, m.latent_eps);
+                program.multiply({second}, set(kLow), set(kQuery));
+            }
+            const Matrix& kv_b = layer.kv_b;
+            const QueriesParameters queries{at(kQuery), at(kLatent), layer.latent_norm, kv_b.data, kv_b.scale, at(kQueries),
+                                            number(kv_b.kind), number(H), number(m.n), number(m.p), number(m.r), number(m.v),
+                                            number(m.halves), number(l), static_cast<float>(m.latent_eps)};
+            program.add(kQueriesOf, queries, set(kQuery) | set(kLatent), set(kQueries) | set(kCaches), H + 1,
+                        up(m.r / 4, 64) / 64);
+            const AttendParameters attend{at(kQueries), at(kSums), best, number(H), number(splits), number(l),
+                                          static_cast<float>(m.scale)};
+            program.add(kAttend, attend, set(kQueries) | set(kCaches), set(kSums), up(H, 8) / 8, splits,
+                        {number(m.r), number(m.p)});
+            const ValuesParameters values{at(kSums), best, kv_b.data, kv_b.scale, at(kValues), number(kv_b.kind), number(H),
+                                          number(splits), number(m.n), number(m.v)};
+            program.add(kValuesOf, values, set(kSums), set(kValues), H, up(m.v, 32) / 32, {number(m.r)});
+            Part out = part_of(layer.out, at(kValues), at(kBetween));
+            out.add = at(kHidden);
+            program.multiply({out}, set(kValues) | set(kHidden), set(kBetween));
+
+            const bool has_mlp = layer.mlp_gate.n;
+            Part activated{}, down{};
+            if (has_mlp) {
+                activated = normed(pair_of(layer.mlp_gate, layer.mlp_up, at(kBetween), at(kActivated)), layer.next_norm, m.eps);
+                down = part_of(layer.mlp_down, at(kActivated), at(layer.gate.n ? kShared : kHidden));
+            }
+            if (!layer.gate.n) {
+                down.add = at(kBetween);
+                program.multiply({activated}, set(kBetween), set(kActivated));
+                program.multiply({down}, set(kActivated) | set(kBetween), set(kHidden));
+                continue;
+            }
+            const uint64_t table = at(kIo) + table_ + 8 * program.serial * E;
+            const uint64_t told_choice = 4 * program.serial * kRows * K;
+            Part gate = normed(part_of(layer.gate, at(kBetween), at(kLogits)), layer.next_norm, m.eps);
+            gate.normed = at(kNormed) + 4 * program.serial * kRows * D;
+            std::vector<Part> parts{gate};
+            if (has_mlp) parts.push_back(activated);
+            program.multiply(parts, set(kBetween), set(kLogits) | set(kNormed) | set(kActivated));
+            const RouteParameters route{at(kLogits), layer.gate_bias, table, weights, indices, told + told_weights + told_choice,
+                                        told + 256 + told_choice, told, number(m.groups), number(m.kept), number(K),
+                                        number(m.group_best), number(m.scoring), number(m.normalized), program.serial,
+                                        static_cast<float>(m.factor)};
+            program.add(kRoute, route, set(kLogits), set(kChoice) | set(kIo) | set(kTold), 1, 1, {number(E)});
+            program.serial++;
+            gates_.push_back(program.here());
+
+            Matrix coded{m.gate_up, m.intermediate, D, 0, static_cast<uint64_t>(m.places[1]), m.levels}, other = coded;
+            other.data = m.places[0];
+            other.scale = m.places[2];
+            Part experts = pair_of(coded, other, gate.normed, at(kExperts));
+            coded = {m.down, D, m.intermediate, static_cast<uint64_t>(m.places[3]), static_cast<uint64_t>(m.places[4]),
+                     m.levels + 64};
+            Part outputs = part_of(coded, at(kExperts), at(kHidden));
+            for (Part* part : {&experts, &outputs}) {
+                part->records = table;
+                part->indices = indices;
+                part->uses = number(K);
+                part->y_use = part->n;
+                part->y_row = number(K) * part->n;
+            }
+            outputs.x_use = outputs.k;
+            outputs.x_row = number(K) * outputs.k;
+            outputs.y_row = outputs.n;
+            outputs.weights = weights;
+            outputs.others = has_mlp ? at(kShared) : 0;
+            outputs.add = at(kBetween);
+            parts.assign(1, experts);
+            if (has_mlp) parts.push_back(down);
+            const uint64_t shared = has_mlp ? set(kShared) : 0;
+            program.multiply(parts, set(kNormed) | set(kChoice) | set(kActivated), set(kExperts) | shared);
+            program.multiply({outputs}, set(kExperts) | set(kChoice) | set(kBetween) | shared, set(kHidden));
+        }
+        program.copy(scratch_, device_offset(kHidden), mapped_, told_ + told_hidden, 4 * D, true, set(kHidden), set(kTold));
+        views_.hidden_end = views_.chosen_end = views_.logits_end = program.here();
+        if (m.head.n) {
+            program.multiply({normed(part_of(m.head, at(kHidden), at(kScores)), m.norm, m.eps)}, set(kHidden), set(kScores));
+            const GreedyParameters greedy{at(kScores), told + 128, number(m.vocabulary)};
+            program.add(kGreedy, greedy, set(kScores), set(kTold), 1);
+            views_.chosen_end = program.here();
+            program.copy(scratch_, device_offset(kScores), mapped_, told_ + told_logits, 4 * m.vocabulary, true, set(kScores),
+                         set(kTold));
+            views_.logits_end = program.here();
+        }
+        parameters_ = device_.allocate(kDevice, static_cast<int64_t>(program.parameters.size()), nullptr);
+        device_.transfer(true, parameters_->address, reinterpret_cast<char*>(program.parameters.data()), 1, parameters_->bytes, 0,
+                         0);
+
+        char* mapped = static_cast<char*>(mapped_->mapped);
+        views_.table = reinterpret_cast<uint64_t*>(mapped + io_ + table_);
+        views_.stopped = reinterpret_cast<int32_t*>(mapped + told_);
+        views_.chosen = reinterpret_cast<int32_t*>(mapped + told_ + 128);
+        views_.indices = reinterpret_cast<int32_t*>(mapped + told_ + 256);
+        views_.weights = reinterpret_cast<float*>(mapped + told_ + told_weights);
+        views_.hidden = reinterpret_cast<float*>(mapped + told_ + told_hidden);
+        views_.logits = reinterpret_cast<float*>(mapped + told_ + told_logits);
+        views_.normed = at(kNormed);
+        views_.bytes = scratch_->bytes + parameters_->bytes;
+        views_.gates = gates_.data();
+        views_.spans = spans_.data();
+        views_.sets = kSets;
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
+Decoder::~Decoder() { release(); }
+
+void Decoder::release() {
+    try {
+        if (last_) device_.wait(last_, INT64_MAX);
+    } catch (const Failure&) {  // a device that is lost uses nothing any more
+    }
+    for (auto& item : recorded_) device_.forget(item.second);
+    for (Memory* memory : {scratch_, mapped_, parameters_}) {
+        if (memory) device_.free(memory);
+    }
+}
+
+std::vector<const Decoder::Task*> Decoder::between(int64_t first, int64_t last, bool takes) const {
+    if (first < views_.begin || first >= last || last > static_cast<int64_t>(tasks_.size())) refuse("there are no such operations");
+    std::vector<const Task*> tasks;
+    for (int64_t at = 0; at < views_.begin + takes; at++) tasks.push_back(&tasks_[at]);
+    for (int64_t at = first; at < last; at++) tasks.push_back(&tasks_[at]);
+    return tasks;
+}
+
+std::vector<Operation> Decoder::plan(const std::vector<const Task*>& tasks) {
+    Hazards hazards;
+    std::vector<Operation> planned;
+    for (const Task* task : tasks) {
+        planned.push_back({task->reads, task->writes, hazards.barrier_before(task->reads, task->writes), task->shader});
+    }
+    return planned;
+}
+
+std::vector<Operation> Decoder::plan(int64_t first, int64_t last) const { return plan(between(first, last, false)); }
+
+VkCommandBuffer Decoder::record(int64_t rows, int64_t first, int64_t last, bool takes) const {
+    const auto tasks = between(first, last, takes);
+    const auto planned = plan(tasks);
+    const VkCommandBuffer buffer = device_.begin();
+    const Functions& vk = device_.vk();
+    VkMemoryBarrier2 memory{VK_STRUCTURE_TYPE_MEMORY_BARRIER_2};
+    memory.srcStageMask = VK_PIPELINE_STAGE_2_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_2_COPY_BIT;
+    memory.srcAccessMask = VK_ACCESS_2_SHADER_STORAGE_WRITE_BIT | VK_ACCESS_2_TRANSFER_WRITE_BIT;
+    memory.dstStageMask = memory.srcStageMask;
+    memory.dstAccessMask = VK_ACCESS_2_SHADER_STORAGE_READ_BIT | VK_ACCESS_2_SHADER_STORAGE_WRITE_BIT |
+                           VK_ACCESS_2_TRANSFER_READ_BIT | VK_ACCESS_2_TRANSFER_WRITE_BIT;
+    VkDependencyInfo barrier{VK_STRUCTURE_TYPE_DEPENDENCY_INFO};
+    barrier.memoryBarrierCount = 1;
+    barrier.pMemoryBarriers = &memory;
+    VkPipeline bound = VK_NULL_HANDLE;
+    for (size_t i = 0; i < planned.size(); i++) {
+        const Task& task = *tasks[i];
+        if (planned[i].barrier) vk.CmdPipelineBarrier2(buffer, &barrier);
+        if (task.shader < 0) {
+            const VkBufferCopy region{static_cast<VkDeviceSize>(task.source), static_cast<VkDeviceSize>(task.target),
+                                      static_cast<VkDeviceSize>(task.bytes * (task.each_row ? rows : 1))};
+            vk.CmdCopyBuffer(buffer, task.from->buffer, task.to->buffer, 1, &region);
+            continue;
+        }
+        if (task.pipeline != bound) vk.CmdBindPipeline(buffer, VK_PIPELINE_BIND_POINT_COMPUTE, bound = task.pipeline);
+        const struct {
+            uint64_t parameters, io, serial;
+        } push{parameters_->address + task.parameters, spans_[kIo].address, task.serial};
+        static_assert(sizeof(push) == Device::kPushBytes);
+        vk.CmdPushConstants(buffer, device_.layout(), VK_SHADER_STAGE_COMPUTE_BIT, 0, sizeof(push), &push);
+        vk.CmdDispatch(buffer, task.x, task.y, static_cast<uint32_t>(rows));
+    }
+    memory.dstStageMask = VK_PIPELINE_STAGE_2_HOST_BIT;  // what the host is told
+    memory.dstAccessMask = VK_ACCESS_2_HOST_READ_BIT;
+    vk.CmdPipelineBarrier2(buffer, &barrier);
+    device_.check(vk.EndCommandBuffer(buffer), "recording");
+    return buffer;
+}
+
+uint64_t Decoder::submit(const Step& step) {
+    const int64_t rows = step.rows;
+    require(rows >= 1 && rows <= kRows, "a step has 1 to 8 rows");
+    const bool layers = step.first < views_.hidden_end;  // else it needs the rows alone, or goes on with what is there
+    require(!layers || (step.tokens && step.positions && step.caches && step.layer_bytes && step.rope), "a step lacks a list");
+    if (last_) device_.wait(last_, INT64_MAX);  // it reads what is written now
+    char* mapped = static_cast<char*>(mapped_->mapped);
+    Io io{};
+    io.stop = kNone;
+    std::fill_n(io.token, kRows, -1);
+    for (int64_t t = 0; t < rows && layers; t++) {
+        require(step.positions[t] >= 0 && step.positions[t] < INT32_MAX, "a position is out of range");
+        require(step.caches[t] % 4 == 0 && step.layer_bytes[t] >= 0 && step.layer_bytes[t] % 4 == 0, "a cache is not at multiples of 4");
+        require(step.tokens[t] >= 0 ? step.tokens[t] < tokens_ : step.hidden != nullptr,
+                "a row has neither a token of the vocabulary nor a residual stream");
+        io.token[t] = static_cast<int32_t>(std::max<int64_t>(step.tokens[t], -1));
+        io.position[t] = static_cast<uint32_t>(step.positions[t]);
+        io.factor[t] = step.query_scale ? step.query_scale[t] : 1.0f;
+        io.cache[t] = step.caches[t];
+        io.layer_bytes[t] = static_cast<uint64_t>(step.layer_bytes[t]);
+    }
+    const bool takes = !layers && step.hidden;  // rows of the residual stream, for the head
+    VkCommandBuffer& buffer = recorded_[{rows, step.first, step.last, takes}];
+    if (!buffer) buffer = record(rows, step.first, step.last, takes);
+    std::memcpy(mapped + io_, &io, sizeof(io));
+    if (layers) std::memcpy(mapped + io_ + sizeof(io), step.rope, 4 * rows * rope_);
+    if (step.hidden) std::memcpy(mapped + taken_, step.hidden, 4 * rows * hidden_);
+    *reinterpret_cast<int32_t*>(mapped + told_) = -1;
+    return last_ = device_.submit(buffer, step.after);
+}
+
+}  // namespace slotmoe::vulkan
+#endif

@@ -1,0 +1,176 @@
+#version 460
+#extension GL_GOOGLE_include_directive : require
+#include "common.glsl"
+// Products of a token's rows with matrices of any kind, 16 rows of one to 128 threads, of which 8 share a row.  Where
+// uses are weighted a workgroup computes all of them, LANES at once, and sums them in order.
+layout(local_size_x_id = 0) in;
+layout(constant_id = 1) const uint LANES = 1u;
+layout(constant_id = 2) const uint USES = 1u;
+struct Part {
+  uint64_t data[2], scale[2];  // the second is multiplied by the silu of the first, where pair; with records places in them
+  uint64_t levels, x, gain, y, add, normed;
+  uint64_t records, indices;   // addresses by expert; [rows, uses]
+  uint64_t weights, others;    // y = add + (the sum of uses by weight + others)
+  uint kind, n, k, pair, uses;
+  uint x_row, x_use, y_row, y_use;  // floats from row to row, and from use to use
+  float eps;
+};
+layout(buffer_reference, std430, buffer_reference_align = 8) readonly buffer Parameters { uint count; Part parts[]; };
+layout(push_constant) uniform Push { Parameters p; Io io; uint serial; };
+shared float table[16], sums[256 * LANES], squares[128 * LANES], results[16 * USES];
+
+// Of row 16 tile + i / 8, columns that are i % 8's.
+float plain(uint kind, uint64_t base, uint k, uint64_t x, uint64_t gain, uint lane, inout float square) {
+  float sum = 0.0;
+  bool whole = kind == INT8 && k % 16u == 0u;
+  for (uint c = 4u * lane; c < k / 4u; c += 32u) {
+    uvec4 q = uvec4(0u);
+    if (whole) q = Quads(base).q[c / 4u];
+    for (uint j = 0u; j < 4u && c + j < k / 4u; j++) {
+      vec4 v = Vectors(x).v[c + j], w;
+      if (whole) {
+        int bytes = int(q[j]);
+        w = vec4(bitfieldExtract(bytes, 0, 8), bitfieldExtract(bytes, 8, 8), bitfieldExtract(bytes, 16, 8), bytes >> 24);
+      } else {
+        w = four(kind, base, c + j);
+      }
+      if (gain != 0ul) {
+        square += dot(v, v);
+        v *= Vectors(gain).v[c + j];
+      }
+      sum += dot(w, v);
+    }
+  }
+  return sum;
+}
+
+// Of a tile's row i % 16, columns that are i / 16's: codec.py has the layout.
+float coded(uint kind, uint64_t codes, uint64_t scales, uint tile, uint k, uint64_t x, uint64_t gain, uint i,
+            inout float square) {
+  uint lane = i % 16u, blocks = (k + 63u) / 64u, half_ = 0u;
+  float sum = 0.0;
+  bool three = kind == LUT3, bytes = kind == LUT4 || kind == LUT3;
+  codes += uint64_t(tile) * blocks * (three ? 384u : 512u);
+  scales += uint64_t(tile) * (bytes ? (blocks + 2u) * 32u : blocks * (kind == INT4 ? 64u : 32u));
+  uint low = three ? 3u : 0u, high = three ? 0u : 4u, mask = three ? 7u : 15u;
+  for (uint at = i / 16u; at * 8u < k; at += 8u) {
+    uint w;
+    if (three) {
+      uint first = at / 4u * 48u + lane, a = at % 4u;
+      if (a < 3u) {
+        w = Words(codes).w[first + a * 16u];
+      } else {
+        uint b = Words(codes).w[first + 16u], c = Words(codes).w[first + 32u];
+        w = Words(codes).w[first] >> 6 & 0x03030303u | b >> 4 & 0x0c0c0c0cu | c >> 2 & 0x30303030u;
+      }
+    } else {
+      w = Words(codes).w[at * 16u + lane];
+    }
+    vec4 v = Vectors(x).v[2u * at], u = vec4(0.0);
+    if (at * 8u + 4u < k) u = Vectors(x).v[2u * at + 1u];
+    if (gain != 0ul) {
+      square += dot(v, v) + dot(u, u);
+      v *= Vectors(gain).v[2u * at];
+      if (at * 8u + 4u < k) u *= Vectors(gain).v[2u * at + 1u];
+    }
+    float part = 0.0;
+    for (uint j = 0u; j < 4u; j++) {
+      part = fma(table[w >> 8u * j + high & mask], v[j], part);
+      part = fma(table[w >> 8u * j + low & mask], u[j], part);
+    }
+    uint block = at / 8u, of_half = block * 32u + at / 4u % 2u * 16u + lane;
+    float scale;
+    if (kind == NF4 || kind == INT4) {
+      uint s = kind == NF4 ? block * 16u + lane : of_half;
+      vec2 both = unpackHalf2x16(Words(scales).w[s / 2u]);
+      scale = s % 2u == 1u ? both.y : both.x;
+    } else {
+      uint s = of_half + (bytes ? 64u : 0u), word = Words(scales).w[s / 4u] >> 8u * (s % 4u) & 255u;
+      scale = bytes ? float(int(word << 24) >> 24) : uintBitsToFloat(word == 0u ? 0x00400000u : word << 23);
+    }
+    sum = fma(part, scale, sum);
+  }
+  return bytes ? sum * Floats(scales).f[lane] : sum;
+}
+
+uint workgroups(uint number) {
+  uint tiles = (p.parts[number].n + 15u) / 16u;
+  return p.parts[number].weights != 0ul ? tiles : tiles * p.parts[number].uses;
+}
+
+void main() {
+  uint i = gl_LocalInvocationIndex % 128u, lane = gl_LocalInvocationIndex / 128u, t = gl_WorkGroupID.z;
+  uint at = gl_WorkGroupID.x, number = 0u;
+  if (io.stop < serial) return;
+  while (at >= workgroups(number)) at -= workgroups(number++);
+  uint kind = p.parts[number].kind, n = p.parts[number].n, k = p.parts[number].k, uses = p.parts[number].uses;
+  uint pair = p.parts[number].pair, tiles = (n + 15u) / 16u, tile = at % tiles, row = tile * 16u + i;
+  uint64_t gain = p.parts[number].gain, weights = p.parts[number].weights;
+  bool is_coded = kind >= NF4 && kind <= MXFP4;
+  if (is_coded) {
+    if (i < 16u) table[i] = Floats(p.parts[number].levels).f[i];
+    barrier();
+  }
+  uint slot = is_coded ? i % 16u * 8u + i / 16u : i, sums0 = lane * 256u, squares0 = lane * 128u;
+  uint first = weights != 0ul ? lane : at / tiles, end = weights != 0ul ? (uses + LANES - 1u) / LANES * LANES : first + 1u;
+  for (uint use = first; use < end; use += LANES) {
+    uint64_t x = p.parts[number].x + 4u * (uint64_t(t) * p.parts[number].x_row + use * p.parts[number].x_use);
+    if (use < uses) {
+      uint64_t record = 0ul;
+      if (p.parts[number].records != 0ul) {
+        uint expert = Words(p.parts[number].indices).w[t * uses + use];
+        record = Longs(p.parts[number].records).a[expert];
+      }
+      for (uint m = 0u; m <= pair; m++) {
+        float sum = 0.0, square = 0.0;
+        uint64_t data = record + p.parts[number].data[m];
+        if (is_coded) {
+          sum = coded(kind, data, record + p.parts[number].scale[m], tile, k, x, gain, i, square);
+        } else if (tile * 16u + i / 8u < n) {
+          sum = plain(kind, data + uint64_t(tile * 16u + i / 8u) * k * size_of(kind), k, x, gain, i % 8u, square);
+        }
+        sums[sums0 + m * 128u + slot] = sum;
+        squares[squares0 + slot] = square;
+      }
+    }
+    barrier();
+    float factor = 1.0;
+    if (gain != 0ul) {
+      uint full = i < 16u && row < n ? i : 0u;  // whichever has all columns: the bits are the same
+      float total = 0.0;
+      for (uint j = 0u; j < 8u; j++) total += squares[squares0 + full * 8u + j];
+      factor = inversesqrt(total / float(k) + p.parts[number].eps);
+    }
+    if (i < 16u && row < n && use < uses) {
+      float v = 0.0, u = 0.0;
+      for (uint j = 0u; j < 8u; j++) v += sums[sums0 + i * 8u + j];
+      v *= factor;
+      if (kind == INT8) v *= Floats(p.parts[number].scale[0]).f[row];
+      if (pair == 1u) {
+        for (uint j = 0u; j < 8u; j++) u += sums[sums0 + 128u + i * 8u + j];
+        u *= factor;
+        if (kind == INT8) u *= Floats(p.parts[number].scale[1]).f[row];
+        v = v / (1.0 + exp(-v)) * u;
+      }
+      if (weights == 0ul) {
+        uint place = t * p.parts[number].y_row + use * p.parts[number].y_use + row;
+        if (p.parts[number].add != 0ul) v += Floats(p.parts[number].add).f[place];
+        Floats(p.parts[number].y).f[place] = v;
+      } else {
+        results[use * 16u + i] = v;
+      }
+    }
+    if (p.parts[number].normed != 0ul && at == 0u) {
+      Vectors y = Vectors(p.parts[number].normed + 4u * uint64_t(t) * p.parts[number].x_row);
+      for (uint c = i; c < k / 4u; c += 128u) y.v[c] = Vectors(x).v[c] * factor * Vectors(gain).v[c];
+    }
+    barrier();
+  }
+  if (weights != 0ul && lane == 0u && i < 16u && row < n) {
+    uint place = t * p.parts[number].y_row + row;
+    float total = 0.0;
+    for (uint use = 0u; use < uses; use++) total += results[use * 16u + i] * Floats(weights).f[t * uses + use];
+    if (p.parts[number].others != 0ul) total += Floats(p.parts[number].others).f[place];
+    Floats(p.parts[number].y).f[place] = Floats(p.parts[number].add).f[place] + total;
+  }
+}

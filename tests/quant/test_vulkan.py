@@ -1,0 +1,217 @@
+"""A Vulkan device: its memory and copies, what it refuses, and what becomes of one that fails.
+
+A loader made here stands before the system's, so that any function of Vulkan fails at any call.
+"""
+
+import ctypes
+import mmap
+from contextlib import suppress
+from ctypes import c_uint64, c_void_p
+
+import pytest
+import torch
+
+from slotmoe.quant.kernels import vulkan as vk
+from tests.support.tiny import CONFIG, SMALL
+from tests.support.vulkan import OnDevice, needs_vulkan
+
+pytestmark = needs_vulkan
+
+LOST, NO_ROOM, TIMEOUT = -4, -2, 2  # VkResult
+Entry = ctypes.CFUNCTYPE(c_void_p, c_void_p, ctypes.c_char_p)
+Forward = ctypes.CFUNCTYPE(ctypes.c_int, *[c_void_p] * 6)
+FALLIBLE = (
+    "CreateInstance EnumeratePhysicalDevices CreateDevice CreateBuffer AllocateMemory MapMemory"
+    " BindBufferMemory GetMemoryHostPointerPropertiesEXT CreateShaderModule CreatePipelineLayout"
+    " CreateComputePipelines CreateCommandPool AllocateCommandBuffers BeginCommandBuffer"
+    " EndCommandBuffer QueueSubmit2 CreateSemaphore WaitSemaphores GetSemaphoreCounterValue"
+).split()
+
+
+class Loader:
+    """The system's, but the ``at``-th call of function ``name`` gives ``result``."""
+
+    def __init__(self, name, at, result):
+        system = ctypes.CDLL("libvulkan.so.1").vkGetInstanceProcAddr
+        system.restype, system.argtypes = c_void_p, [c_void_p, ctypes.c_char_p]
+        self.calls, self._kept = 0, []
+
+        def entry(instance, wanted):
+            address = system(instance, wanted)
+            if wanted.decode() != f"vk{name}" or not address:
+                return address
+            real = Forward(address)
+
+            def call(*arguments):
+                self.calls += 1
+                return result if self.calls == at else real(*arguments)
+
+            self._kept.append(Forward(call))
+            return ctypes.cast(self._kept[-1], c_void_p).value
+
+        self._entry = Entry(entry)
+        self.address = ctypes.cast(self._entry, c_void_p).value
+
+
+@pytest.fixture(scope="module")
+def device():
+    device = vk.Vulkan()
+    yield device
+    device.close()
+
+
+def filled(nbytes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+def read(device, address, nbytes):
+    host = torch.empty(nbytes, dtype=torch.uint8)
+    device.read(address, host.data_ptr(), 1, nbytes)
+    return host
+
+
+def test_devices_are_told():
+    info = vk.devices()[0]
+    assert info.name and not info.problem and info.heap > 0
+
+
+def test_memory_counts_and_holds(device):
+    before = device.budget()
+    memory = device.allocate(vk.DEVICE, 20 << 20)  # more than goes at once
+    heap, free, ours = device.budget()
+    assert ours - before[2] == 20 << 20 and 0 < free <= heap and memory.mapped is None
+    data = filled(20 << 20)
+    device.write(memory.address, data.data_ptr(), 1, data.nbytes)
+    assert torch.equal(read(device, memory.address, data.nbytes), data)
+    # some columns of rows
+    rows, at = filled(64 * 100, 1).view(64, 100), memory.address + 40
+    device.write(at, rows[:, 30:].data_ptr(), 64, 50, 1000, 100)
+    host = torch.zeros(64, 60, dtype=torch.uint8)
+    device.read(at, host.data_ptr(), 64, 50, 1000, 60)
+    assert torch.equal(host[:, :50], rows[:, 30:80]) and not host[:, 50:].any()
+    assert torch.equal(read(device, at + 50, 950), data[90:1040])
+    device.free(memory)
+    assert device.budget()[2] == before[2]
+
+
+def test_copies_between_all_kinds(device):
+    size = max(device.limits.import_alignment, 1 << 16)
+    pages, data = mmap.mmap(-1, size), filled(size)
+    host = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    imported = device.allocate(vk.IMPORTED, size, host)
+    mapped, own = device.allocate(vk.MAPPED, size), device.allocate(vk.DEVICE, size)
+    ctypes.memmove(host, data.data_ptr(), size)
+    first = device.copy([vk.Copy(imported.address, own.address, size)])
+    half = size // 2
+    parts = (own.address + half, mapped.address, half), (own.address, mapped.address + half, half)
+    last = device.copy([vk.Copy(*part) for part in parts])  # behind the first
+    assert device.wait(last) and device.wait(first, 0)
+    moved = (ctypes.c_uint8 * size).from_address(mapped.mapped)
+    assert bytes(moved) == bytes(data.roll(half).tolist())
+    for memory in (imported, mapped, own):
+        device.free(memory)
+
+
+REFUSALS = {
+    "beyond an allocation": (lambda d: d.allocate(vk.DEVICE, 1 << 60), vk.REFUSED, "more than one"),
+    "not free": (
+        lambda d: d.allocate(vk.DEVICE, min(d.limits.allocation, 1 << 60)),
+        vk.REFUSED,
+        "bytes",
+    ),
+    "part of a page": (lambda d: d.allocate(vk.IMPORTED, 100, 1 << 20), vk.NO_IMPORT, "pages"),
+    "no memory": (lambda d: d.allocate(vk.DEVICE, 0), 1, "no memory"),
+    "a stranger's address": (lambda d: d.copy([vk.Copy(64, 64, 64)]), 1, "outside"),
+    "nothing": (lambda d: d.copy([]), 1, "nothing"),
+    "the future": (lambda d: d.wait(1 << 40), 1, "not submitted"),
+    "no such device": (lambda d: vk.Vulkan(99), vk.NO_DEVICE, "no Vulkan device 99"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_refused(device, case, monkeypatch):
+    act, code, words = REFUSALS[case]
+    if case == "not free":  # so much that no memory is taken where a lot of it is free
+        loader = Loader("AllocateMemory", 1, NO_ROOM)
+        other = vk.Vulkan(0, loader.address)
+        with pytest.raises(vk.VulkanError, match="refused 4096 bytes") as caught:
+            other.allocate(vk.DEVICE, 4096)
+        assert caught.value.code == vk.REFUSED and other.budget()[2] == 0
+        other.close()
+        return
+    with pytest.raises(ValueError if code == 1 else vk.VulkanError, match=words) as caught:
+        act(device)
+    assert code == 1 or caught.value.code == code
+
+
+def scenario(loader=None):
+    """Open a device, use each kind of memory, decode a token; its logits."""
+    device = vk.Vulkan(0, loader.address if loader else None)
+    pages = mmap.mmap(-1, 1 << 16)
+    try:
+        host = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        device.allocate(vk.IMPORTED, 1 << 16, host)
+        model = OnDevice(device, {**CONFIG, **SMALL})
+        return model.run([7], [0], [model.cache(8)])
+    finally:
+        device.close()
+
+
+def fails_well(name, at, result):
+    """Whether a scenario came to the ``at``-th call of a function, and said so."""
+    loader, code = Loader(name, at, result), None
+    with suppress(MemoryError):
+        try:
+            scenario(loader)
+        except vk.VulkanError as problem:
+            code = problem.code
+    assert loader.calls < at or code or result == NO_ROOM, f"call {at} of {name}: nobody heard"
+    assert loader.calls < at or result != LOST or name in UNLOST or code == vk.LOST
+    return loader.calls >= at
+
+
+UNLOST = ("CreateInstance", "EnumeratePhysicalDevices", "GetMemoryHostPointerPropertiesEXT")
+
+
+@pytest.mark.usefixtures("heavy")
+@pytest.mark.parametrize("name", FALLIBLE)
+def test_a_function_that_fails(name):
+    want = scenario()
+    assert fails_well(name, 1, NO_ROOM) and fails_well(name, 1, LOST)
+    assert torch.equal(scenario(), want)  # the next open works
+
+
+@pytest.mark.usefixtures("nightly")
+@pytest.mark.parametrize("result", [NO_ROOM, LOST])
+@pytest.mark.parametrize("name", FALLIBLE)
+def test_each_call_that_fails(name, result):
+    at = 2
+    while fails_well(name, at, result):
+        at += 1
+
+
+def test_a_device_that_does_not_answer():
+    loader = Loader("WaitSemaphores", 1, TIMEOUT)
+    device = vk.Vulkan(0, loader.address)
+    memory = device.allocate(vk.MAPPED, 64)
+    value = device.copy([vk.Copy(memory.address, memory.address + 32, 32)])
+    with pytest.raises(vk.VulkanError, match="not answered for 1000 ms") as caught:
+        device.wait(value, 10**9)
+    assert caught.value.code == vk.TIMED_OUT
+    for act in (lambda: device.wait(value), lambda: device.allocate(vk.DEVICE, 64)):
+        with pytest.raises(vk.VulkanError, match="open it again") as caught:
+            act()
+        assert caught.value.code == vk.LOST
+    device.close()
+    assert scenario().isfinite().all()
+
+
+def test_a_build_without_vulkan(monkeypatch):
+    monkeypatch.setattr(vk.bindings, "load", lambda: None)
+    vk._library.cache_clear()
+    with pytest.raises(vk.VulkanError, match="built without Vulkan") as caught:
+        vk.devices()
+    assert caught.value.code == vk.NO_DEVICE
+    monkeypatch.undo()
+    assert vk.devices() and isinstance(c_uint64(1).value, int)
