@@ -1,6 +1,7 @@
 """A model's attention and residual streams as ``config.json`` says, in any publisher's words."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Annotated, Literal, TypedDict, get_args
@@ -227,8 +228,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     ratios = ratios[:layers]
     full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
     compressed = typed({**values, "ratios": ratios, "rope": rope}, CompressedConfig)
-    if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
-        raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
+    check_multiple(values, "num_attention_heads", "o_groups")
     return {
         "rope": Rope(given.rope_theta),
         "indexer": _indexer(values, full, family.index_halves),
@@ -289,8 +289,7 @@ def in_hub_words(given: Json, _family: Family) -> Json:
             if ratio and rates.get(name) != ratio:
                 found = f"is {rates[name]}, which is not {ratio}" if name in rates else "is missing"
                 raise ValueError(f"compress_rates.{name} {found}")
-        if len(types) != layers:
-            raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
+        _check_count(types, layers)
         _set(values, "compress_ratios", [_RATIOS[name] for name in types])
     if (moes := hub.mlp_layer_types) is not None:
         count = moes.count("hash_moe")
@@ -328,9 +327,7 @@ def in_words_of_latents(given: Json, family: Family) -> Json:
     if not 0 < rotated <= width:
         raise ValueError(f"{rotated} values of a head are rotated, expected 1 to {width}")
     if shared := of.shared_expert_intermediate_size:
-        if shared % of.moe_intermediate_size:
-            problem = f"is not a multiple of moe_intermediate_size {of.moe_intermediate_size}"
-            raise ValueError(f"shared_expert_intermediate_size {shared} {problem}")
+        check_multiple(given, "shared_expert_intermediate_size", "moe_intermediate_size")
         values["n_shared_experts"] = shared // of.moe_intermediate_size
     if family.delta:  # of dense layers, which the newer ones have not
         values.setdefault("intermediate_size", of.moe_intermediate_size)
@@ -342,9 +339,7 @@ def in_words_of_latents(given: Json, family: Family) -> Json:
 def parts_of_groups(values: Json, family: Family) -> Json:
     """``rope``, ``grouped`` and ``delta`` of a model with grouped queries."""
     of, width = typed(values, _KeysOfGroups), values["v_head_dim"]
-    if (heads := of.num_attention_heads) % of.num_key_value_heads:
-        problem = f"is not a multiple of num_key_value_heads {of.num_key_value_heads}"
-        raise ValueError(f"num_attention_heads {heads} {problem}")
+    check_multiple(values, "num_attention_heads", "num_key_value_heads")
     biased = family.biased if values.get(family.bias_key, not family.bias_key) else ""
     qk_norm = family.qk_norm
     if qk_norm not in ("", "head", "row"):
@@ -359,10 +354,8 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     activation = Activation(limit, of.swiglu_alpha or usual.alpha, usual.offset)
     parts = {"grouped": grouped, "dense_layers": dense, "activation": activation}
     if family.delta:
-        parts["delta"] = delta = typed(values, DeltaConfig)
-        if (heads := delta.num_value_heads) % delta.num_key_heads:
-            problem = f"is not a multiple of linear_num_key_heads {delta.num_key_heads}"
-            raise ValueError(f"linear_num_value_heads {heads} {problem}")
+        parts["delta"] = typed(values, DeltaConfig)
+        check_multiple(values, "linear_num_value_heads", "linear_num_key_heads")
     return {**parts_of_mla(values, family), **parts}
 
 
@@ -387,8 +380,7 @@ def _windows(of: _KeysOfGroups, family: Family) -> tuple[int, ...]:
         if slides and (of.max_window_layers or 0) < layers:
             raise ValueError("layer_types is missing, which says where sliding_window counts")
         types = ["full_attention"] * layers
-    if len(types) != layers:
-        raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
+    _check_count(types, layers)
     for at, name in enumerate(types):
         if name not in ("full_attention", other):
             raise ValueError(f"layer_types[{at}] is {name!r}, expected full_attention or {other}")
@@ -397,6 +389,17 @@ def _windows(of: _KeysOfGroups, family: Family) -> tuple[int, ...]:
     if other in types and (window is None or not 0 < window <= 1 << 20):
         raise ValueError(f"sliding_window is {window!r:.80}, expected 1 to {1 << 20}")
     return tuple((window or 0) * (name == other) for name in types)
+
+
+def check_multiple(values: Json, key: str, of: str) -> None:
+    """Raise ``ValueError`` unless one number is a multiple of another."""
+    if values[key] % values[of]:
+        raise ValueError(f"{key} {values[key]} is not a multiple of {of} {values[of]}")
+
+
+def _check_count(types: Sequence[str], layers: int) -> None:
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
 
 
 def _set(values: Json, key: str, value: object) -> None:

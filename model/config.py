@@ -331,8 +331,7 @@ def _check_consistency(c: Config) -> None:
         raise ValueError(f"qk_nope_head_dim is {c.qk_nope_head_dim}, expected 1 or more")
     if c.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim is {c.qk_rope_head_dim}, expected an even number")
-    if experts % c.n_group:
-        raise ValueError(f"n_routed_experts {experts} is not a multiple of n_group {c.n_group}")
+    attention.check_multiple(vars(c), "n_routed_experts", "n_group")
     if experts // c.n_group < c.family.group_best:
         expected = f"expected at least {c.family.group_best} experts a group"
         raise ValueError(f"n_group is {c.n_group} of {experts} experts, {expected}")

@@ -313,7 +313,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         the first) and ``top_logprobs`` likeliest ids.  Raises as ``generate`` does."""
         ids, _ = self.fit(self.encode(prompt) if isinstance(prompt, str) else prompt, scored=True)
         answer = self._answer(ids, Sampling(), 0, top_logprobs)
-        stream = Stream(ids, answer, "length", scored=True)
+        stream = Stream(ids, answer, scored=True)
         self.engine.submit(stream.request)
         stream.read()
         return answer.read

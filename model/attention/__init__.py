@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, dtype
 
+from slotmoe import state
 from slotmoe.border import Chunk, Compressed, Delta, Geometry, Grouped, Mla
 from slotmoe.model.attention.compressed import CompressedAttention
 from slotmoe.model.attention.grouped import DeltaAttention, GroupedAttention
@@ -13,14 +14,6 @@ from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.shapes import MARKS, Marks
-from slotmoe.state import (
-    CompressedCache,
-    DeltaCache,
-    Empty,
-    GroupedCache,
-    LatentCache,
-    SequenceState,
-)
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,
@@ -41,9 +34,9 @@ def new_state(
     config: Config,
     context: int,
     row: Callable[[int, int], tuple[int, dtype]],
-    empty: Empty,
+    empty: state.Empty,
     marks: Marks = MARKS,
-) -> SequenceState:
+) -> state.SequenceState:
     """The state of an empty sequence with room for ``context`` tokens, in memory of ``empty(shape,
     dtype)``; ``row`` of the backend gives the elements of a row of latent and rope values;
     ``marks`` are of a sequence with delta rules."""
@@ -57,13 +50,13 @@ def new_state(
         windows = [c.window(layer) for layer in range(c.num_hidden_layers)]
         given = context, c.grouped.groups, c.grouped.head_dim, windows, rows
         if (d := c.delta) is None:
-            return GroupedCache(*given)
+            return state.GroupedCache(*given)
         heads = d.num_value_heads, d.key_head_dim, d.value_head_dim
-        return DeltaCache(*given, heads, d.columns, empty, marks)
+        return state.DeltaCache(*given, heads, d.columns, empty, marks)
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
     keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:
-        return LatentCache(context, (c.kv_lora_rank, c.qk_rope_head_dim), indexed, keys, rows)
+        return state.LatentCache(context, (c.kv_lora_rank, c.qk_rope_head_dim), indexed, keys, rows)
     v4 = c.compressed
     sizes = v4.sliding_window, v4.head_dim, v4.ratios
-    return CompressedCache(context, *sizes, indexed, keys, rows, empty)
+    return state.CompressedCache(context, *sizes, indexed, keys, rows, empty)

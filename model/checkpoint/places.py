@@ -154,42 +154,9 @@ class EncodedTensor(TensorInfo):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table(TensorInfo):
-    """Expert ids, int32, of ``stored``, each less than ``experts``."""
-
-    stored: TensorInfo
-    experts: int
-
-    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
-        """See ``TensorInfo``.  Refuses ids of no expert, naming the tensor."""
-        ids = self.stored.rows(read, start, stop)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.experts:
-            problem = f"names an expert outside 0 to {self.experts - 1}"
-            raise CheckpointError(f"{self.path}: {self.name} {problem}; the file is damaged")
-        return ids.int()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column(TensorInfo):
-    """What an ``expert`` has in ``stored`` [E, N] or, turned, [E, K, N]: of the last dimension each
-    ``step``-th value from ``first`` on."""
-
-    stored: TensorInfo
-    expert: int
-    step: int
-
-    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
-        count = math.prod(self.shape[1:])
-        whole_KN = read(self.stored, self.expert * count, (self.expert + 1) * count)
-        stop = self.first + self.step * (stop - 1) + 1
-        rows_RK = whole_KN[:, self.first + self.step * start : stop : self.step].t()
-        return rows_RK.reshape(-1, *self.shape[1:]).to(self.dtype).contiguous()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Made(TensorInfo):
     """What ``make(rows, start, stop)`` makes of rows of ``stored``, which ``rows(start, stop)``
-    gives."""
+    gives, in this dtype."""
 
     stored: TensorInfo
     make: Make
@@ -199,7 +166,7 @@ class Made(TensorInfo):
         return (self.stored, *self.stored.parts)
 
     def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
-        return self.make(partial(self.stored.rows, read), start, stop)
+        return self.make(partial(self.stored.rows, read), start, stop).to(self.dtype)
 
 
 def _picking(ranges: list[range]) -> Make:
@@ -217,6 +184,26 @@ def _picking(ranges: list[range]) -> Make:
 def _transposed(rows: Rows, start: int, stop: int, count: int) -> Tensor:
     """Taps of a convolution, of which ``count`` channels have each a row."""
     return rows(0, count).t()[start:stop].contiguous()
+
+
+def _ids(rows: Rows, start: int, stop: int, experts: int, name: str) -> Tensor:
+    """Expert ids, each less than ``experts``.  Refuses others by the tensor's ``name``."""
+    ids_RN = rows(start, stop)
+    if ids_RN.numel() and not 0 <= int(ids_RN.min()) <= int(ids_RN.max()) < experts:
+        problem = f"names an expert outside 0 to {experts - 1}; the file is damaged"
+        raise CheckpointError(f"{name} {problem}")
+    return ids_RN
+
+
+def _column(
+    rows: Rows, start: int, stop: int, expert: int, first: int, step: int, shape: Shape
+) -> Tensor:
+    """What an ``expert`` has of [E, N] or, turned, of [E, K, N] fused rows: of the last dimension
+    each ``step``-th value from ``first`` on, for a weight of this ``shape``."""
+    count, stop = math.prod(shape[1:]), first + step * (stop - 1) + 1
+    whole_KN = rows(expert * count, (expert + 1) * count)
+    rows_RK = whole_KN[:, first + step * start : stop : step].t()
+    return rows_RK.reshape(-1, *shape[1:]).contiguous()
 
 
 def _one_more(rows: Rows, start: int, stop: int) -> Tensor:
@@ -285,8 +272,9 @@ class Places:
                 return replace(encoded, name=name, shape=shape, first=first)
         if role_of(name) == "table":
             info = self._tensor(name, shape, _IDS)
+            make = partial(_ids, experts=self.config.n_routed_experts, name=f"{info.path}: {name}")
             place = name, info.path, torch.int32, shape, info.offset
-            return Table(*place, stored=info, experts=self.config.n_routed_experts)
+            return Made(*place, stored=info, make=make)
         info = self._tensor(tensor, whole, _PLAIN)
         return replace(info, name=name, shape=shape, first=first)
 
@@ -309,8 +297,8 @@ class Places:
         else:
             info = self._tensor(tensor, (whole[0], *whole[:0:-1]), _PLAIN)
             dtype = info.dtype
-        place = name, info.path, dtype, shape, info.offset, first
-        return Column(*place, stored=info, expert=expert, step=step)
+        make = partial(_column, expert=expert, first=first, step=step, shape=shape)
+        return Made(name, info.path, dtype, shape, info.offset, stored=info, make=make)
 
     def _encoded(self, codes: str, scales: str, shape: Shape, encoding: Encoding) -> EncodedTensor:
         """Matrices of ``shape``.  Raises ``CheckpointError``."""

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError
-from slotmoe.model.generate import Delta
 from slotmoe.offload.devices.pages import give_back_memory
 from slotmoe.offload.engine.batch import Batch, UnwantedError
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.engine.requests import Forced, Request, wait_for
+from slotmoe.offload.engine.requests import Forced, Request, Stream, wait_for
 from slotmoe.offload.experts.disk import STUCK_SECONDS
 from slotmoe.signals import block
 from slotmoe.system import bind
@@ -106,14 +105,14 @@ class Engine:
         """Read ``ids``: the residual stream after the last layer behind those from ``first`` on,
         float32 [T, D] on the device.  Raises what the engine could not do."""
         parts = list[Tensor]()
-        self._finished(Request(ids, None, hidden=parts.append, first=first))
+        self._read(Stream(ids, None, hidden=parts.append, first=first))
         return torch.cat(parts)
 
     def force(self, prompt: list[int], ids: Sequenced[int] = (), keeps: bool = False) -> Forced:
         """Read ``prompt``, of which what a sequence holds is not computed again, and decode ``ids``
         after it.  Raises what the engine could not do."""
         forced = Forced(ids, keeps)
-        self._finished(Request(prompt, forced))
+        self._read(Stream(prompt, forced))
         return forced
 
     def empty(self, depth: int = 0) -> list[int]:
@@ -128,18 +127,9 @@ class Engine:
         self.call(empty)
         return [-1] * depth
 
-    def _finished(self, request: Request) -> None:
-        """Submit a request and wait for its end.  Raises what the engine could not do."""
-        ended = SimpleQueue[Delta]()
-        request.emit = lambda delta: ended.put(delta) if delta.finish else None
-        try:
-            self.submit(request)
-            delta = wait_for(ended, request.alive)
-        except BaseException:
-            request.cancel()
-            raise
-        if delta.finish not in ("stop", "length"):
-            raise request.problem or ConfigError(CLOSED)
+    def _read(self, stream: Stream) -> None:
+        self.submit(stream.request)
+        stream.read()
 
     def call(self, action: Callable[[], T]) -> T:
         """What ``action`` gives or raises, between two steps; ``ConfigError`` after ``stop``."""

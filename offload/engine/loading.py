@@ -32,16 +32,6 @@ from slotmoe.offload.machine import available_memory, cache_folder, process_byte
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.advice import precision_of
-from slotmoe.offload.plan.memory import (
-    HELP_BYTES,
-    PREFILL_CHUNK,
-    Plan,
-    Sizes,
-    kv_bytes,
-    make_plan,
-    share_of,
-    sizes_of,
-)
 from slotmoe.offload.plan.speed import MODES, Setting, Split, cpu_cost, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
@@ -108,7 +98,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     network: Network
     states: list[SequenceState]
-    plan: Plan
+    plan: memory.Plan
     generation: Generation
     source: Export | Checkpoint
     device: Device
@@ -118,7 +108,7 @@ class LoadedModel:
     opened: ExitStack
     options: Options
     draft: tuple[str, str]
-    sizes: Sizes | None = None
+    sizes: memory.Sizes | None = None
     store: Store | None = None
     head: MtpHead | None = None
 
@@ -181,7 +171,7 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self._notify = notify
         self.budget, self._host_budget = self._budgets()
-        self._sizes: Sizes | None = None  # of an export
+        self._sizes: memory.Sizes | None = None  # of an export
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -192,7 +182,7 @@ class _Loader:
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         codecs = memory.default_codecs(self._config)
         resident = precision_of(self._config, "auto")
-        plan = self._make_plan(sizes_of(self._config, resident, codecs), self.budget)
+        plan = self._make_plan(memory.sizes_of(self._config, resident, codecs), self.budget)
         self._draft(1 + plan.drafted)
         self._refuse(plan)
 
@@ -214,9 +204,9 @@ class _Loader:
         if ram is not None:
             free_ram = parse_size(ram)
         else:
-            free_ram = share_of(available_memory(), gpu is not None) + process_bytes()
+            free_ram = memory.share_of(available_memory(), gpu is not None) + process_bytes()
         if gpu is not None:
-            return parse_size(vram) if vram is not None else share_of(gpu.free), free_ram
+            return parse_size(vram) if vram is not None else memory.share_of(gpu.free), free_ram
         if vram is not None:
             problem = "--vram is given but the device is the CPU"
             raise PlanError(f"{problem}: give --ram, or --device cuda")
@@ -250,13 +240,13 @@ class _Loader:
         marks = memory.choose_marks(config, self.budget, 1)
         components = {  # the checkpoint's own precision; the cache in float32
             "resident weights": checkpoint.nbytes,
-            "KV cache": kv_bytes(config, self._context, "torch", value_bytes=4, marks=marks),
-            "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
+            "KV cache": memory.kv_bytes(config, self._context, "torch", value_bytes=4, marks=marks),
+            "prefill scratch": memory.scratch_bytes(config, memory.PREFILL_CHUNK, "torch"),
         }
         if device.tier == "ram":
             growth = memory.runtime_growth(config, checkpoint.nbytes)
             components["runtime"] = process_bytes() + growth
-        self._settle(Plan(components, 0, 0, 0, self.budget, device.tier, self._context))
+        self._settle(memory.Plan(components, 0, 0, 0, self.budget, device.tier, self._context))
         place = self._placer()
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         records, slots = CheckpointRecords(config, weights), resident_slots(config, device)
@@ -279,10 +269,10 @@ class _Loader:
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
 
-    def _make_plan(self, sizes: Sizes, budget: int) -> Plan:
+    def _make_plan(self, sizes: memory.Sizes, budget: int) -> memory.Plan:
         """The plan for an export of those sizes; for a budget of 0 the least one."""
         self._sizes, options = sizes, self._options
-        return make_plan(
+        return memory.make_plan(
             self._config,
             sizes,
             tier=self._device.tier,
@@ -297,13 +287,13 @@ class _Loader:
             drafts=options.draft != "off",
         )
 
-    def _settle(self, plan: Plan) -> None:
+    def _settle(self, plan: memory.Plan) -> None:
         """Take a plan: refuse it before anything is read, or say where threads and memory are."""
         self._plan = plan
         self._device.placement = choose_placement(self._refuse(plan), self._options.threads)
         self._backend.run_on(self._device.placement)
 
-    def _refuse(self, plan: Plan) -> int:
+    def _refuse(self, plan: memory.Plan) -> int:
         """Refuse a plan beyond the budget, or what is there; returns the bytes of RAM in it."""
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
@@ -321,7 +311,7 @@ class _Loader:
     def way_out(self, free: int) -> str:
         """What to do where ``free`` bytes of the GPU are too few for the budget.  Graphs, kernels
         and gaps between tensors need some beside the plan."""
-        most, advice = share_of(min(free, self.budget)), "end the programs that use it"
+        most, advice = memory.share_of(min(free, self.budget)), "end the programs that use it"
         if self._sizes is None or self._make_plan(self._sizes, 0).total > most:
             return f"{advice}, lower --context, or quantize with --resident mixed"
         return f"give --vram {rounded_down(most)} or less, or {advice}"
@@ -334,7 +324,7 @@ class _Loader:
         tokenizer = self._configure(export.small_file)
         config, backend = self._with_layers(export), self._backend
         self._config, resident = config, export.manifest["quantization"]["resident"]
-        plan = self._make_plan(sizes_of(config, resident, export.layout.codecs), self.budget)
+        plan = self._make_plan(memory.sizes_of(config, resident, export.layout.codecs), self.budget)
         self._settle(plan)
         # Where everything fits each is read once: what is in the page cache is welcome.
         direct = max(plan.slots, plan.host_slots) < len(config.moe_layers) * export.experts
@@ -348,13 +338,13 @@ class _Loader:
         weights = load_resident(export, resident_shapes(config), self._placer())
         experts = self._experts(export, store, weights)
         opened.callback(experts.slots.close)
-        network = Network(config, weights, backend, experts, PREFILL_CHUNK)
+        network = Network(config, weights, backend, experts, memory.PREFILL_CHUNK)
         if isinstance(store, HostTier):
             if told := store.pinned.announced():
                 self._notify(told)
             top_k = config.num_experts_per_tok
             device.run(lambda: experts.load_kernels(config.hidden_size, top_k), "a lower --vram")
-        head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
+        head = MtpHead(network, weights, experts, memory.PREFILL_CHUNK) if config.mtp else None
         states = [
             new_state(config, self._context, backend.latent_row, device.empty, plan.marks)
             for _ in range(options.sequences)
@@ -413,7 +403,7 @@ class _Loader:
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead = None
-        if options.prefetch and missing and size > HELP_BYTES:
+        if options.prefetch and missing and size > memory.HELP_BYTES:
             lookahead = Lookahead(
                 config,
                 weights,

@@ -145,9 +145,12 @@ def wait_for(queue: "SimpleQueue[T]", alive: Callable[[], bool], seconds: float 
 class Stream(Iterator[Token]):
     """The tokens of a text as they are made, those of a character when that is complete; the last
     one carries what is left, and ``limit``, if that ended the text.  ``close`` cancels it, and so
-    does whatever interrupts a wait for the next one, and the end of all references to it."""
+    does whatever interrupts a wait for the next one, and the end of all references to it.  ``how``
+    are the fields of the ``request``."""
 
-    def __init__(self, prompt: list[int], answer: Sampler, limit: str, scored: bool = False):
+    def __init__(
+        self, prompt: list[int], answer: Sampler | None, limit: str = "length", **how: Any
+    ):
         deltas, calls = SimpleQueue[Delta](), list[Callable[[], None]]()
 
         def emit(delta: Delta) -> None:
@@ -157,7 +160,7 @@ class Stream(Iterator[Token]):
 
         self._deltas, self._limit = deltas, limit
         self.wake = calls  # which the engine's thread calls behind each delta
-        self.request = Request(prompt, answer, emit, scored=scored, client=weakref.ref(self))
+        self.request = Request(prompt, answer, emit, client=weakref.ref(self), **how)
         self._held, self._ready, self.ended = list[Token](), deque[Token](), False
 
     def _feed(self, delta: Delta) -> None:

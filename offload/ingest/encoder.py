@@ -15,15 +15,6 @@ from slotmoe.model.names import split_expert, split_name
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import codec, encode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, NF4, SCALES, Codec, ExpertCodecs
-from slotmoe.quant.codecs.encode import (
-    Hessian,
-    NotFiniteError,
-    NotPositiveError,
-    quantize_int8,
-    quantize_lut,
-    quantize_nf4,
-    squared_error,
-)
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, possible_scales, store
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
@@ -41,7 +32,7 @@ class Coder:
 
     checkpoint: Checkpoint
     levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    hessians: Mapping[str, Hessian] = field(default_factory=dict)
+    hessians: Mapping[str, encode.Hessian] = field(default_factory=dict)
     uncalibrated: list[str] = field(default_factory=list)
 
     def code(self, name: str, start: int, stop: int, kind: str | Codec, seen: Seen) -> Coded:
@@ -59,31 +50,31 @@ class Coder:
             self.checkpoint.check_finite(name, piece)
             if kind == "none":
                 return (piece,), (*_NONE, *_NONE)
-            rounded = Int8Weight(*quantize_int8(piece))
-            return (rounded.q, rounded.scale), (*squared_error(piece, rounded), *_NONE)
+            rounded = Int8Weight(*encode.quantize_int8(piece))
+            return (rounded.q, rounded.scale), (*encode.squared_error(piece, rounded), *_NONE)
         if kind.name == NF4.name:
-            codes, scales, weighted = *quantize_nf4(piece), None
+            codes, scales, weighted = *encode.quantize_nf4(piece), None
         else:
             kind = replace(kind, levels=tuple(self.levels[kind.name]))
             measured = name in self.hessians and bool(piece.isfinite().all())
             hessian = self.hessians[name] if measured else None
             try:
-                codes, scales, weighted = quantize_lut(piece, kind, hessian)
-            except NotPositiveError:
+                codes, scales, weighted = encode.quantize_lut(piece, kind, hessian)
+            except encode.NotPositiveError:
                 self.uncalibrated.append(name)
-                codes, scales, weighted = quantize_lut(piece, kind)
+                codes, scales, weighted = encode.quantize_lut(piece, kind)
         weight = CodedWeight(codes, scales, levels_of(kind), (len(piece), piece.shape[1]))
-        return (codes, scales), (*squared_error(piece, weight), *(weighted or _NONE))
+        return (codes, scales), (*encode.squared_error(piece, weight), *(weighted or _NONE))
 
 
 def _kept(codes: Codes, kind: Codec) -> Coded:
     """The same codes; scales are the codec's, float16 for those of trained weights in bfloat16."""
     kept = store(codes.codes, codes.scales, kind)
     if not possible_scales(kept[1]):
-        raise NotFiniteError
+        raise encode.NotFiniteError
     wanted = codes.values()
     weight = CodedWeight(*kept, codes.levels, (len(wanted), wanted.shape[1]))
-    return kept, (*squared_error(wanted, weight), *_NONE)
+    return kept, (*encode.squared_error(wanted, weight), *_NONE)
 
 
 def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:

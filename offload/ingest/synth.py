@@ -15,17 +15,9 @@ from torch import Tensor
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
+from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.manifest import Contents, write_files
-from slotmoe.offload.ingest.output_dir import (
-    Progress,
-    beside,
-    check_destination,
-    check_space,
-    empty,
-    locked,
-    publish,
-    refuse_begun,
-)
+from slotmoe.offload.ingest.output_dir import Progress
 from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.offload.plan.advice import precision_of
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
@@ -62,13 +54,13 @@ def synthesize(
     }
     contents = Contents(config, precision_of(config, resident), codecs, dtypes)
     distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
-    partial = beside(destination, "partial")
+    partial = output_dir.beside(destination, "partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with locked(partial, wait_for_lock=False):
-        check_destination(destination, overwrite)
+    with output_dir.locked(partial, wait_for_lock=False):
+        output_dir.check_destination(destination, overwrite)
         if not overwrite:
-            refuse_begun(partial)
-        empty(partial)
+            output_dir.refuse_begun(partial)
+        output_dir.empty(partial)
         try:
             files = [RESIDENT, *map(layer_file, distinct)]
             entries = _write_weights(contents, partial, files, progress)
@@ -84,16 +76,16 @@ def synthesize(
             manifest = contents.manifest(origin_of_weights, entries, {}, linked)
             write_json(partial / MANIFEST, manifest)
         except BaseException:
-            empty(partial)
+            output_dir.empty(partial)
             raise
-        publish(partial, destination)
+        output_dir.publish(partial, destination)
     return manifest
 
 
 def _write_weights(contents: Contents, partial: Path, files: list[str], progress: Progress) -> Json:
     """Write ``files`` of the export; returns their manifest entries."""
     total, done, entries = sum(map(contents.nbytes, files)), 0, {}
-    check_space(partial, total)
+    output_dir.check_space(partial, total)
     random = _Random(contents)
     for name in files:
         with closing(ExportFile(partial / name, contents.parts(name))) as file:

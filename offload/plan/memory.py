@@ -13,21 +13,9 @@ from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
 from slotmoe.offload.policy.passes import FEW_DRAFTED, MOST_DRAFTED
+from slotmoe.quant import shapes
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
-from slotmoe.quant.shapes import (
-    CONVOLVED,
-    FEW_ROWS,
-    LEVELS_BYTES,
-    MARKS,
-    PART_ROWS,
-    SPANS,
-    SPARE,
-    SPLITS,
-    Marks,
-    latent_bytes,
-    padded_record_bytes,
-    resident_bytes,
-)
+from slotmoe.quant.shapes import CONVOLVED, FEW_ROWS, MARKS, PART_ROWS, SPANS, SPARE, SPLITS, Marks
 from slotmoe.sizes import format_size
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some logits depend on it
@@ -84,7 +72,8 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
     ``value_bytes``."""
 
     def row(latent: int, rope: int) -> int:
-        return latent_bytes(latent, rope) if kernels == "native" else (latent + rope) * value_bytes
+        is_native = kernels == "native"
+        return shapes.latent_bytes(latent, rope) if is_native else (latent + rope) * value_bytes
 
     c, indexer = config.compressed, config.indexer
     layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
@@ -193,12 +182,12 @@ def sizes_of(config: Config, resident: str, codecs: ExpertCodecs) -> Sizes:
     """Sizes of an export with ``resident`` of ``RESIDENT_MODES``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
-        size = resident_bytes(role_of(name), shape, resident)
+        size = shapes.resident_bytes(role_of(name), shape, resident)
         components[part_of(name).component] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
     sizes = config.hidden_size, config.moe_intermediate_size
-    record = padded_record_bytes(*sizes, codecs, config.family.expert_biases)
+    record = shapes.padded_record_bytes(*sizes, codecs, config.family.expert_biases)
     return Sizes(dict(components), touched, record)
 
 
@@ -381,7 +370,7 @@ def make_plan(
         reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
         raise PlanError(f"{slots} expert slots are too few: {reason}")
     runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
-    table = 4 * (everything + config.n_routed_experts) + LEVELS_BYTES
+    table = 4 * (everything + config.n_routed_experts) + shapes.LEVELS_BYTES
     components = {
         **sizes.resident,
         "KV cache": sequences * kv_bytes(config, context, kernels, marks=marks),

@@ -146,10 +146,6 @@ class TorchBackend(TorchAttention):
         """Use these CPU threads.  torch's own run where the thread may that makes them."""
         torch.set_num_threads(placement.threads)
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent in each kernel so far; nothing of torch's own operations."""
-        return {}
-
     def prepare(
         self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
     ) -> Prepared:

@@ -37,6 +37,7 @@ from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
 from slotmoe.quant.kernels.cpu.bindings import (
     NO_DELTA,
     NO_STORE,
+    STAGES,
     TOKENS,
     ExpertSlab,
     Kernels,
@@ -63,9 +64,6 @@ from slotmoe.state import (
 )
 from slotmoe.system import Placement
 from slotmoe.tails import Tail
-
-# Whose seconds a native decode call reports.
-_STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 
 
 class NativeDecoder:
@@ -125,7 +123,7 @@ class NativeDecoder:
         )
         if chunk.timer is not None:
             ends = accumulate(spent, initial=began)
-            for stage, now in zip(("cache and prefetch", *_STAGES), ends, strict=True):
+            for stage, now in zip(("cache and prefetch", *STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)
         at, first = reached.value, first + resumed
         chunk.layer, chunk.h_TD = at, y_TX
@@ -271,9 +269,6 @@ class NativeBackend(TorchBackend):
     def run_on(self, placement: Placement) -> None:
         self._native.set_threads(placement.threads)
         self._native.set_cpus(placement.cpus)
-
-    def seconds(self) -> dict[str, float]:
-        return self._native.seconds()
 
     def prepare(
         self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)

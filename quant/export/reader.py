@@ -17,14 +17,6 @@ from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, possible_scales
 from slotmoe.quant.export import layout
 from slotmoe.quant.export import manifest as manifests
-from slotmoe.quant.export.layout import (
-    COPIED,
-    RESIDENT,
-    Part,
-    checksum,
-    layer_file,
-    safetensors_header,
-)
 from slotmoe.quant.export.manifest import regular_file
 from slotmoe.quant.shapes import ALIGNMENT
 
@@ -62,9 +54,9 @@ class Folder:
             what = f"has {size} bytes, the manifest says {expected}"
             raise self.error(name, f"{what}; the file is truncated or not this export's")
 
-    def verify_header(self, name: str, parts: dict[str, Part]) -> None:
+    def verify_header(self, name: str, parts: dict[str, layout.Part]) -> None:
         """The header must be, byte for byte, what the format prescribes for this geometry."""
-        header = safetensors_header(parts.items())
+        header = layout.safetensors_header(parts.items())
         entry = self._entries[name]
         start = bytearray(min(len(header), entry["bytes"]))
         self.read(name, 0, memoryview(start), "its header")
@@ -126,7 +118,7 @@ class Export(AbstractContextManager["Export"]):
         self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
         self._codecs = manifest_codecs(manifest)
         self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
-        self._parts = layout.tensor_parts(files[RESIDENT])
+        self._parts = layout.tensor_parts(files[layout.RESIDENT])
         # ``slotmoe synth`` made it: such an export has no source files.
         self.random_weights = not manifest["source"]["files"]
 
@@ -147,20 +139,20 @@ class Export(AbstractContextManager["Export"]):
 
     def _verify_files(self) -> None:
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
-        for name in filter(files.__contains__, COPIED):
+        for name in filter(files.__contains__, layout.COPIED):
             self._own.open_file(name)
             self.small_file(name, manifests.MAX_COPIED_BYTES)
         for layer in self.layers:
-            name, origin = layer_file(layer), linked.get(str(layer), layer)
+            name, origin = layout.layer_file(layer), linked.get(str(layer), layer)
             for folder in self.folders:
                 folder.open_file(name)  # its size bounds the work that the header takes
                 # A hard link keeps its origin's names.
                 folder.verify_header(name, layout.layer_parts(origin, self.experts, self.layout))
-        self._own.open_file(RESIDENT)
-        self._own.verify_header(RESIDENT, self._parts)
+        self._own.open_file(layout.RESIDENT)
+        self._own.verify_header(layout.RESIDENT, self._parts)
 
     def _verify(self, name: str, data: memoryview, expected: str, what: str) -> None:
-        if checksum(data) != expected:
+        if layout.checksum(data) != expected:
             wrong = f"checksum of {what} is wrong; the file is damaged, quantize it again"
             raise self._own.error(name, wrong)
 
@@ -174,7 +166,7 @@ class Export(AbstractContextManager["Export"]):
             raise self._own.error(name, what)
         data = bytearray(size)
         self._own.read(name, 0, memoryview(data), "the file")
-        if checksum(data) != entry["checksum"]:
+        if layout.checksum(data) != entry["checksum"]:
             what = "its checksum is not the manifest's; the file was changed or damaged"
             raise self._own.error(name, what)
         return bytes(data)
@@ -182,7 +174,7 @@ class Export(AbstractContextManager["Export"]):
     def bypass_page_cache(self) -> bool:
         """Read records and resident tensors past the page cache from now on, into aligned memory;
         False if a folder refuses that.  The cache would take memory from the slots."""
-        names = (RESIDENT, *map(layer_file, self.layers))
+        names = (layout.RESIDENT, *map(layout.layer_file, self.layers))
         refused = [folder for folder in self.folders if not folder.bypass_page_cache(names)]
         return not refused
 
@@ -190,14 +182,14 @@ class Export(AbstractContextManager["Export"]):
         self, layer: int, expert: int, start: int, out: memoryview, folder: int = 0
     ) -> None:
         """Fill ``out`` from byte ``start`` of a record on, unverified.  Raises ``ExportError``."""
-        name = layer_file(layer)
+        name = layout.layer_file(layer)
         offset = self.manifest["files"][name]["header_bytes"] + start
         offset += expert * self.layout.record_bytes
         self.folders[folder].read(name, offset, out, f"layer {layer} expert {expert}")
 
     def verify_record(self, layer: int, expert: int, record: memoryview) -> None:
         """Raises ``ExportError`` unless ``record`` has the checksum that the manifest names."""
-        name, what = layer_file(layer), f"layer {layer} expert {expert}"
+        name, what = layout.layer_file(layer), f"layer {layer} expert {expert}"
         self._verify(name, record, self.manifest["files"][name]["records"][expert], what)
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
@@ -214,7 +206,7 @@ class Export(AbstractContextManager["Export"]):
         weights = {name: view(record, name, levels) for name in layout.PROJECTIONS}
         for name, weight in weights.items():
             what = f"layer {layer} expert {expert} {name}"
-            self._check_scales(layer_file(layer), what, weight.scales)
+            self._check_scales(layout.layer_file(layer), what, weight.scales)
         biases = {name: self.layout.part(record, name) for name in self.layout.bias_shapes}
         return {name: weight.dequantize() for name, weight in weights.items()} | biases
 
@@ -222,13 +214,13 @@ class Export(AbstractContextManager["Export"]):
         """The verified weight ``name``, in memory from ``empty``.  Raises ``ExportError``."""
         if name not in self._parts:
             what = f"has no tensor {name}; the export does not fit its config.json"
-            raise self._own.error(RESIDENT, what)
+            raise self._own.error(layout.RESIDENT, what)
         weight = self._tensor(name, empty)
         if coded := self.manifest["quantization"]["resident_codecs"].get(name):
             codec, (N, K) = self._codecs[coded["codec"]], coded["shape"]
             _, scales_name = codec.tensors(name, N, K)
             scales = self._tensor(scales_name, empty)
-            self._check_scales(RESIDENT, name, scales)
+            self._check_scales(layout.RESIDENT, name, scales)
             return CodedWeight(weight, scales, self._levels[codec.name], (N, K))
         if name + ".scale" in self._parts:
             return Int8Weight(weight, self._tensor(name + ".scale", empty))
@@ -240,13 +232,15 @@ class Export(AbstractContextManager["Export"]):
             raise self._own.error(file, f"{what} {problem}; quantize again")
 
     def _tensor(self, name: str, empty: Empty) -> Tensor:
-        part, entry = self._parts[name], self.manifest["files"][RESIDENT]
+        part, entry = self._parts[name], self.manifest["files"][layout.RESIDENT]
         start = entry["header_bytes"] + part.offset
         before = start % ALIGNMENT  # direct reads begin and end at multiples of 4096, tensors don't
         raw = empty((-(-(before + part.nbytes) // ALIGNMENT) * ALIGNMENT,), torch.uint8)
-        self._own.read(RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes)
+        self._own.read(
+            layout.RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes
+        )
         out = raw[before : before + part.nbytes]
-        self._verify(RESIDENT, out.numpy().data, entry["tensors"][name]["checksum"], name)
+        self._verify(layout.RESIDENT, out.numpy().data, entry["tensors"][name]["checksum"], name)
         return out.view(part.dtype).view(part.shape)
 
     def close(self) -> None:

@@ -18,15 +18,6 @@ from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.weight import possible_scales
 from slotmoe.quant.export import layout
-from slotmoe.quant.export.layout import (
-    COPIED,
-    EXPERTS,
-    PROJECTIONS,
-    Part,
-    checksum,
-    describe_tensors,
-    tensor_parts,
-)
 from slotmoe.quant.export.manifest import manifest_layout, regular_file
 from slotmoe.system import open_file
 
@@ -88,7 +79,7 @@ def _damage(folder: Path, name: str, manifest: Json, advance: Callable[[int], No
     except OSError as problem:
         return f"can't be read ({problem.strerror})"
     parts = zip(expected.items(), digests, strict=True)
-    wrong = [what for (what, (_, checksum)), digest in parts if digest != checksum]
+    wrong = [what for (what, (_, wanted)), digest in parts if digest != wanted]
     if not wrong and whole != entry["checksum"]:
         return "is damaged"
     if not wrong:
@@ -99,16 +90,16 @@ def _damage(folder: Path, name: str, manifest: Json, advance: Callable[[int], No
 
 def _impossible_scales(path: Path, name: str, manifest: Json) -> str | None:
     """Which expert of a layer's file has scales that no encoder makes, whatever their checksum."""
-    if not name.startswith(EXPERTS):
+    if not name.startswith(layout.EXPERTS):
         return None
-    layout, entry = manifest_layout(manifest), manifest["files"][name]
-    levels = layout.levels()
+    records, entry = manifest_layout(manifest), manifest["files"][name]
+    levels = records.levels()
     with naming(path), open(path, "rb", opener=open_file) as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    records = torch.frombuffer(memory, dtype=torch.uint8, offset=entry["header_bytes"])
-    for expert, record in enumerate(records.view(-1, layout.record_bytes)):
-        for projection in PROJECTIONS:
-            if not possible_scales(layout.weight(record, projection, levels).scales):
+    data = torch.frombuffer(memory, dtype=torch.uint8, offset=entry["header_bytes"])
+    for expert, record in enumerate(data.view(-1, records.record_bytes)):
+        for projection in layout.PROJECTIONS:
+            if not possible_scales(records.weight(record, projection, levels).scales):
                 return f"has scales in {projection} of expert {expert} that no weights have"
     return None
 
@@ -116,17 +107,17 @@ def _impossible_scales(path: Path, name: str, manifest: Json) -> str | None:
 def _expected_spans(name: str, manifest: Json) -> dict[str, tuple[Span, str]]:
     """The parts of a file by name: where each lies and the checksum that it should have."""
     entry = manifest["files"][name]
-    if name in COPIED:
+    if name in layout.COPIED:
         return {}
     start = entry["header_bytes"]
     spans = {"its header": ((0, start), entry["header_checksum"])}
-    if name.startswith(EXPERTS):
+    if name.startswith(layout.EXPERTS):
         size = manifest_layout(manifest).record_bytes
         for expert, checksum in enumerate(entry["records"]):
             first = start + expert * size
             spans[f"expert {expert}"] = (first, first + size), checksum
     else:
-        for tensor, part in tensor_parts(entry).items():
+        for tensor, part in layout.tensor_parts(entry).items():
             spans[tensor] = part.span(start), entry["tensors"][tensor]["checksum"]
     return spans
 
@@ -139,7 +130,9 @@ class ExportFile:
     passed to the next run's ``ExportFile``, they make that run go on from here.
     """
 
-    def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str] | None = None):
+    def __init__(
+        self, path: Path, parts: dict[str, layout.Part], checksums: dict[str, str] | None = None
+    ):
         self.path, self.parts, self.checksums = path, parts, dict(checksums or {})
         self._header = layout.safetensors_header(parts.items())
         self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
@@ -196,10 +189,10 @@ class ExportFile:
         found = dict(zip(self.parts, digests, strict=False))
         wrong = [name for name, digest in found.items() if self.checksums.get(name) != digest]
         entry: Json = {"bytes": end, "header_bytes": start}
-        entry |= {"header_checksum": checksum(self._header), "checksum": whole}
+        entry |= {"header_checksum": layout.checksum(self._header), "checksum": whole}
         if record_bytes:
             return {**entry, "records": digests[len(spans) :]}, wrong
-        return {**entry, "tensors": describe_tensors(self.parts, found)}, wrong
+        return {**entry, "tensors": layout.describe_tensors(self.parts, found)}, wrong
 
     def finish(self, record_bytes: int | None = None) -> Json:
         """The entry of ``check``.  Raises ``ExportError`` if anything is wrong: days may lie
@@ -217,12 +210,6 @@ class ExportFile:
 def temporary_name(path: Path) -> Path:
     """What the file ``path`` is called until it is whole."""
     return path.with_name(path.name + ".tmp")
-
-
-def publish_file(path: Path) -> None:
-    """Give a finished file its name, durably."""
-    system.move(temporary_name(path), path)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -247,7 +234,8 @@ def replace_file(
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        publish_file(path)
+        system.move(fresh, path)
+        sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             system.patiently(fresh.unlink, True)

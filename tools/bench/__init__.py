@@ -96,7 +96,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     spent = [f"{name} {ms:.1f} ms" for name, ms in stages if ms >= 0.05]
     touched = [f"{name} {size / 1e6:.0f} MB" for name, size in ceiling["bytes_per_token"].items()]
     lines = [
-        f"One token by kernel: {', '.join(spent)}.",
+        f"One token by stage: {', '.join(spent)}.",
         f"A token touches {', '.join(touched)}; "
         f"memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.",
     ]

@@ -16,6 +16,7 @@ import torch
 from slotmoe.offload.devices.pages import in_large_pages
 from slotmoe.offload.experts.misses import expert_bandwidth
 from slotmoe.offload.observe import measure as observed
+from slotmoe.offload.observe.profiler import profiled
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
@@ -185,15 +186,12 @@ def measure(
 
 
 def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float]:
-    """Milliseconds of a decoded token by kernel, the longest first, and by what remains."""
-    waited, backend = runtime.stats()["wait_seconds"], runtime.model.backend
-    before, total = backend.seconds(), sum(token_seconds(runtime, ids, depth))
-    spent = {name: after - before[name] for name, after in backend.seconds().items()}
-    longest = sorted(spent.items(), key=lambda item: -item[1])
-    spent = {name: seconds for name, seconds in longest if seconds > 0}
-    spent["waiting for disk"] = runtime.stats()["wait_seconds"] - waited
-    spent["Python and torch"] = total - sum(spent.values())
-    return {name: 1000 * part / len(ids) for name, part in spent.items()}
+    """Milliseconds of a decoded token by the stages of ``slotmoe profile``, the longest first."""
+    with profiled(runtime, time.perf_counter()) as profiler:
+        token_seconds(runtime, ids, depth)
+    spent, tokens = profiler.seconds("decode"), profiler.tokens("decode")
+    longest = sorted(spent, key=spent.__getitem__, reverse=True)
+    return {name: 1000 * spent[name] / tokens for name in longest}
 
 
 def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:

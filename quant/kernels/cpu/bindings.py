@@ -20,7 +20,7 @@ import importlib.machinery
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from operator import add, sub
+from operator import sub
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,8 @@ from slotmoe.system import cores
 ABI = 18
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
+STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
+"""Whose seconds `decode` gives."""
 
 
 class Kernels:
@@ -60,7 +61,6 @@ class Kernels:
         if self.library.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self.library.slotmoe_abi()}, expected {ABI}")
         self.set_threads(cores())
-        self._decoded = [0.0] * len(PARTS)
         self._functions = {name: NativeFunction(self.library, name) for name in SIGNATURES}
         vars(self).update((name, self._functions[name]) for name in {*SIGNATURES} - {*dir(Kernels)})
         self.isas = tuple(
@@ -75,12 +75,6 @@ class Kernels:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> NativeFunction: ...
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent inside each native function so far; `decode` counts as its parts."""
-        spent = {name: item.seconds for name, item in self._functions.items() if name != "decode"}
-        parts = zip(PARTS, self._decoded, strict=True)
-        return spent | {part: spent.get(part, 0.0) + seconds for part, seconds in parts}
 
     @property
     def isa(self) -> str:
@@ -192,12 +186,10 @@ class Kernels:
 
     def decode(self, *arguments: object) -> list[float]:
         """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
-        checked them.  Gives the seconds that `PARTS` took."""
-        seconds = (ctypes.c_double * len(PARTS))()
+        checked them.  Gives the seconds that `STAGES` took."""
+        seconds = (ctypes.c_double * len(STAGES))()
         self._functions["decode"].run(*arguments, seconds)
-        spent = seconds[:]
-        self._decoded = [*map(add, self._decoded, spent)]
-        return spent
+        return seconds[:]
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.

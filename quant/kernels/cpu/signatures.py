@@ -15,7 +15,6 @@ letter sets it, unless the caller does.  N/16 is N / 16 rounded up, K/64+2 two m
 """
 
 import ctypes
-import time
 from collections.abc import Sequence
 from functools import cache
 from itertools import zip_longest
@@ -189,10 +188,9 @@ class Bound:
 
 
 class NativeFunction:
-    """A native function with its row of the table; `seconds` have been spent inside it."""
+    """A native function with its row of the table."""
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self.seconds = 0.0
         words = SIGNATURES[name].split()
         inputs = [word for word in words if ":" in word and ">" not in word]
         results = [word for word in words if ">" in word]
@@ -233,9 +231,6 @@ class NativeFunction:
 
     def run(self, *arguments: object) -> None:
         """Call the function with its C arguments, unchecked, and raise what its status says."""
-        started = time.perf_counter()
-        status = self._native(*arguments)
-        self.seconds += time.perf_counter() - started
-        if status:
+        if status := self._native(*arguments):
             refusal = _REFUSED.get(status)
             raise ValueError(refusal) if refusal else MemoryError("no memory for the kernels' work")
