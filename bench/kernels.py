@@ -204,7 +204,7 @@ def _linears(bench: _Bench) -> None:
 def _attention(bench: _Bench) -> None:
     """One token over as many layers' caches as outgrow the processor's."""
     c, ops = bench.config, bench.ops
-    R, W = c.kv_lora_rank, c.latent_width
+    R, W = c.kv_lora_rank, c.kv_lora_rank + c.qk_rope_head_dim
     width, dtype = ops.latent_row(R, c.qk_rope_head_dim)
     for H, context in ((16, 128), (16, 1024), (16, 8192), (128, 8192)):
         caches = bench.empty((27 * 1024 // context + 1, context, width), dtype)

@@ -193,10 +193,9 @@ KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
 
 def parts_of_mla(values: Json, family: Family) -> Json:
     """``rope`` and ``indexer`` of a model with latent attention."""
-    keys = [key for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
-    given = [typed(values[key], Json, key) for key in keys]
-    settings = {"rope_theta": values.get("rope_theta", 10000.0)}
-    rope = _rope({**settings, **(given[0] if given else {})}, values, family)
+    key = "rope_scaling" if values.get("rope_parameters") is None else "rope_parameters"
+    given = {} if values.get(key) is None else typed(values[key], Json, key)
+    rope = _rope({"rope_theta": values.get("rope_theta", 10000.0), **given}, values, family)
     if not family.indexed:
         return {"rope": rope}
     if values["q_lora_rank"] is None:

@@ -143,13 +143,6 @@ class Config(ConfigKeys):
             problem = f"moe_layer_freq {self.moe_layer_freq} gives {head}"
         raise ConfigError(f"{where}: {problem} for {wanted_by}; leave {wanted_by} out")
 
-    @property
-    def latent_width(self) -> int:
-        """Values that the latent cache holds for one token of one layer."""
-        if self.compressed is not None:
-            return self.compressed.head_dim
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
     def ratio(self, layer: int) -> int:
         """How many positions ``layer`` compresses to one; 0: none, as in the ``mtp`` head."""
         ratios = () if self.compressed is None else self.compressed.ratios

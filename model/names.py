@@ -280,7 +280,7 @@ def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
     H, indexer = c.num_attention_heads, c.indexer
     sizes = {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0, "V": H * c.v_head_dim}
     expanded = H * (c.qk_nope_head_dim + c.v_head_dim)
-    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "K": expanded}
+    sizes |= {"W": c.kv_lora_rank + c.qk_rope_head_dim, "R": c.kv_lora_rank, "K": expanded}
     if indexer is None or not c.has_indexer(layer):
         return sizes
     width, heads = indexer.head_dim, indexer.n_heads

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,23 +62,15 @@ class Positions:
         self._frequencies_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
 
-    def chunk(
-        self,
-        h_TD: Tensor,
-        positions_T: Tensor,
-        states: States,
-        before: Sequence[int],
-        counts: Sequence[int],
-        timer: Timer | None,
-        ids_T: Tensor | None,
-    ) -> Chunk:
-        """A chunk over tokens at ``positions``, float32 [T]."""
+    def chunk(self, h_TD: Tensor, positions_T: Tensor, *rest: Any) -> Chunk:
+        """A chunk over tokens at ``positions``, float32 [T]; ``rest`` are its ``caches``,
+        ``before``, ``counts``, ``timer`` and ``ids_T``."""
         rope, scale_T = self._rope, None
         if rope.llama_4_scaling_beta:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
             scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
         rope_TC = self._backend.rotations(positions_T, self._frequencies_C, rope.table_scale)
-        chunk = Chunk(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T)
+        chunk = Chunk(h_TD, rope_TC, scale_T, *rest)
         if self._compressed_C is not None:
             chunk.compressed_C = self._compressed_C
             chunk.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)

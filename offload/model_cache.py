@@ -22,7 +22,7 @@ from slotmoe.offload.machine import cache_folder, check_removed, read_note
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
 _UNFINISHED = (".partial", ".download", ".replaced")
-_KEYED = re.compile(r"(?:[\w.-]+?--)?(.+?)(?:\.gguf)?-[0-9a-f]{12}(?:-\d+\w*)?")
+_KEYED = re.compile(r"(?:([\w.-]+?)--)?(.+?)(?:\.gguf)?-[0-9a-f]{12}(?:-\d+\w*)?")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _meant(path: Path, is_source: bool) -> str:
 
 def short_name(export: Path) -> str:
     match = _KEYED.fullmatch(export.name)
-    return export.name if match is None else match[1]
+    return export.name if match is None else match[2]
 
 
 def library(cache: Path | None = None) -> dict[str, Path]:
@@ -216,9 +216,8 @@ def _sources(cache: Path) -> list[tuple[str, str]]:
 
 def _hub_id(name: str) -> str | None:
     """``owner/model`` of what ``hub_place`` calls ``owner--model-COMMIT-VERSION``."""
-    owner, separator, rest = name.partition("--")
-    model = rest.rsplit("-", 2)[0]
-    return f"{owner}/{model}" if separator and model else None
+    match = _KEYED.fullmatch(name)
+    return f"{match[1]}/{match[2]}" if match is not None and match[1] else None
 
 
 def _notes(cache: Path, export: str) -> Iterator[Path]:

@@ -21,16 +21,10 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Stops, Token
 from slotmoe.model.sampling import Sampling
 from slotmoe.offload.devices.cuda import choose_device
+from slotmoe.offload.engine import requests
 from slotmoe.offload.engine.engine import Engine
 from slotmoe.offload.engine.loading import LoadedModel, Options, check_options, open_model
-from slotmoe.offload.engine.requests import (
-    Messages,
-    Stream,
-    TextOptions,
-    check_messages,
-    ids_of,
-    is_conversation,
-)
+from slotmoe.offload.engine.requests import Messages, Stream, TextOptions
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export, resolve_model
 from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
@@ -243,7 +237,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         if tools and messages is None:
             raise ConfigError("tools go with messages; give the prompt as one of those")
         if messages is not None:
-            check_messages(messages, tools)
+            requests.check_messages(messages, tools)
             self.check_length(sum(len(str(message.get("content") or "")) for message in messages))
             text = self.tokenizer.chat([*messages], None if tools is None else [*tools])
             prompt = self.tokenizer.encode(text)
@@ -275,7 +269,7 @@ class Runtime(AbstractContextManager["Runtime"]):
             raise ConfigError(f"{problem}, expected a list of them; generate takes a single one")
         return [
             self.generate(None, messages=prompt, **options)  # type: ignore[arg-type]
-            if is_conversation(prompt)
+            if requests.is_conversation(prompt)
             else self.generate(prompt, **options)  # type: ignore[arg-type]
             for prompt in prompts
         ]
@@ -324,7 +318,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Token ids of ``prompt`` that the model can read, of one that is ``scored`` such as are
         text, and how many of ``count`` tokens behind them, at least one unless that is 0, have
         room; None is as many as have.  Raises ``ConfigError`` or ``PlanError``."""
-        ids, context, size = ids_of(prompt), self.context, self.config.vocab_size
+        ids, context, size = requests.ids_of(prompt), self.context, self.config.vocab_size
         known = "the model's vocabulary"
         if scored and self.tokenizer.size < size:
             size, known = self.tokenizer.size, "those that are text"

@@ -20,17 +20,8 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model import names
+from slotmoe.model.checkpoint import places
 from slotmoe.model.checkpoint.gguf_header import MAX_TENSORS, GgufHeader, GgufTensor
-from slotmoe.model.checkpoint.places import (
-    MXFP4,
-    OF_E2M1,
-    Codes,
-    Places,
-    Rows,
-    Shape,
-    Source,
-    source_of,
-)
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
 from slotmoe.model.config import Config
 
@@ -67,7 +58,7 @@ class Mxfp4Tensor(GgmlTensor):
     """Rows of blocks of 32: a byte, the exponent of their scale, and 16 of e2m1 codes, the low
     halves of which are the first 16."""
 
-    def four_bits(self, read: Read, start: int, stop: int) -> Codes:
+    def four_bits(self, read: Read, start: int, stop: int) -> places.Codes:
         """Rows as they are.  Raises ``CheckpointError`` like ``rows``."""
         bytes_RX = read(self.codes, self.first + start, self.first + stop)
         blocks_RBX = bytes_RX.view(len(bytes_RX), -1, 17)
@@ -76,7 +67,7 @@ class Mxfp4Tensor(GgmlTensor):
             problem = f"the scales of {self.name} are NaN; the file is damaged"
             raise CheckpointError(f"{self.path}: {problem}")
         codes_RBX = torch.cat((blocks_RBX[..., 1:] & 15, blocks_RBX[..., 1:] >> 4), 2)
-        return Codes(MXFP4, OF_E2M1[codes_RBX.flatten(1).int()], scales_RB, 32)
+        return places.Codes(places.MXFP4, places.OF_E2M1[codes_RBX.flatten(1).int()], scales_RB, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,34 +105,34 @@ def gguf_tensors(
     }
     apart = config.family._replace(interleaved=False, norms_less_one=False)
     given = replace(config, family=apart), "its metadata", _spelled, "tensor ", _source_of
-    places = Places(path, stored, *given)
+    found = places.Places(path, stored, *given)
     infos = dict[str, TensorInfo]()
     for name, shape in names.tensor_shapes(config):
         layer, inner = names.split_name(name)
         if layer is not None and inner == _KV_B and name not in stored:
-            stored[name] = _of_heads(places, layer, config)
-        infos[name] = places.find(name, shape)
-    used, first = {info.name for info in places.used}, config.num_hidden_layers
+            stored[name] = _of_heads(found, layer, config)
+        infos[name] = found.find(name, shape)
+    used, first = {info.name for info in found.used}, config.num_hidden_layers
     heads = tuple(f"blk.{first + head}." for head in range(config.num_nextn_predict_layers))
     for name in {tensor.name for tensor in files.values()} - used:
         beside = name.endswith(("attn_k_b.weight", "attn_v_b.weight"))  # the whole
         if not beside and not name.startswith(heads):
             raise CheckpointError(f"{path}: tensor {name:.120} is none that this model has")
-    kinds = sorted({info.kind for info in places.used if isinstance(info, GgmlTensor)})
+    kinds = sorted({info.kind for info in found.used if isinstance(info, GgmlTensor)})
     if kinds and find_spec("gguf") is None:
         needed = f"{', '.join(kinds)} tensors are decoded by the gguf package"
         raise ConfigError(f"{path}: {needed}: pip install 'slotmoe[gguf]'")
-    return infos, places.used
+    return infos, found.used
 
 
-def _source_of(name: str, shape: Shape, config: Config) -> Source:
+def _source_of(name: str, shape: places.Shape, config: Config) -> places.Source:
     """Of the weight ``name``, as llama.cpp's converter makes it.  In Qwen3.5 it puts the first
     value head of each key head before all second ones."""
     of, (_, inner) = config.delta, names.split_name(name)
     part = inner.removeprefix(_DELTA)
     joined = ("in_proj_b", "in_proj_a") if config.family.by_key_head else ()
     if of is None or part in (inner, "norm", *joined):
-        return source_of(name, shape, config)
+        return places.source_of(name, shape, config)
     heads_H = torch.arange(of.num_value_heads)
     if not config.family.by_key_head:
         heads_H = heads_H.view(-1, of.num_key_heads).t().flatten()
@@ -153,7 +144,7 @@ def _source_of(name: str, shape: Shape, config: Config) -> Source:
     return name, turned, partial(_in_order, order=order, part=part)
 
 
-def _in_order(rows: Rows, start: int, stop: int, order: list[int], part: str) -> Tensor:
+def _in_order(rows: places.Rows, start: int, stop: int, order: list[int], part: str) -> Tensor:
     """Rows of ``part``, or its columns; taps are columns there, and -exp(A_log) is stored."""
     if part == "out_proj":
         return rows(start, stop)[:, order]
@@ -202,11 +193,11 @@ def _info(tensor: GgufTensor, count: int) -> TensorInfo:
     return kept(*place, torch.float16, shape, tensor.offset, kind=encoding.name, codes=codes)
 
 
-def _of_heads(places: Places, layer: int, c: Config) -> HeadsTensor:
+def _of_heads(found: places.Places, layer: int, c: Config) -> HeadsTensor:
     """``kv_b_proj`` of a layer that has its two halves.  Raises ``CheckpointError``."""
     H, N, V, R = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
     shapes = zip(_HALVES, ((H, R, N), (H, V, R)), strict=True)
-    keys, values = (places.find(names.layer_tensor(layer, half), shape) for half, shape in shapes)
+    keys, values = (found.find(names.layer_tensor(layer, half), shape) for half, shape in shapes)
     dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
     place = keys.name, keys.path, dtype, (H * (N + V), R), keys.offset
     return HeadsTensor(*place, keys=keys, values=values)

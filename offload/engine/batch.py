@@ -189,7 +189,6 @@ class Batch:
         request.read, before = sequence.length, sequence.length - len(row.ids)
         self.totals.prompt_tokens += len(row.ids)
         if request.hidden is not None:
-            assert request.first is not None
             request.hidden(row.hidden_TD[max(0, request.first - before) :].clone())
         if request.scored and not self._score(request, row, before):
             return

@@ -32,6 +32,7 @@ from slotmoe.offload.machine import available_memory, cache_folder, process_byte
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.advice import precision_of
+from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan
 from slotmoe.offload.plan.speed import MODES, Setting, Split, cpu_cost, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
@@ -98,7 +99,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     network: Network
     states: list[SequenceState]
-    plan: memory.Plan
+    plan: Plan
     generation: Generation
     source: Export | Checkpoint
     device: Device
@@ -108,7 +109,7 @@ class LoadedModel:
     opened: ExitStack
     options: Options
     draft: tuple[str, str]
-    sizes: memory.Sizes | None = None
+    sizes: Sizes | None = None
     store: Store | None = None
     head: MtpHead | None = None
 
@@ -171,7 +172,7 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self._notify = notify
         self.budget, self._host_budget = self._budgets()
-        self._sizes: memory.Sizes | None = None  # of an export
+        self._sizes: Sizes | None = None  # of an export
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -241,12 +242,12 @@ class _Loader:
         components = {  # the checkpoint's own precision; the cache in float32
             "resident weights": checkpoint.nbytes,
             "KV cache": memory.kv_bytes(config, self._context, "torch", value_bytes=4, marks=marks),
-            "prefill scratch": memory.scratch_bytes(config, memory.PREFILL_CHUNK, "torch"),
+            "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
         }
         if device.tier == "ram":
             growth = memory.runtime_growth(config, checkpoint.nbytes)
             components["runtime"] = process_bytes() + growth
-        self._settle(memory.Plan(components, 0, 0, 0, self.budget, device.tier, self._context))
+        self._settle(Plan(components, 0, 0, 0, self.budget, device.tier, self._context))
         place = self._placer()
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         records, slots = CheckpointRecords(config, weights), resident_slots(config, device)
@@ -269,10 +270,10 @@ class _Loader:
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
 
-    def _make_plan(self, sizes: memory.Sizes, budget: int) -> memory.Plan:
+    def _make_plan(self, sizes: Sizes, budget: int) -> Plan:
         """The plan for an export of those sizes; for a budget of 0 the least one."""
         self._sizes, options = sizes, self._options
-        return memory.make_plan(
+        return make_plan(
             self._config,
             sizes,
             tier=self._device.tier,
@@ -287,13 +288,13 @@ class _Loader:
             drafts=options.draft != "off",
         )
 
-    def _settle(self, plan: memory.Plan) -> None:
+    def _settle(self, plan: Plan) -> None:
         """Take a plan: refuse it before anything is read, or say where threads and memory are."""
         self._plan = plan
         self._device.placement = choose_placement(self._refuse(plan), self._options.threads)
         self._backend.run_on(self._device.placement)
 
-    def _refuse(self, plan: memory.Plan) -> int:
+    def _refuse(self, plan: Plan) -> int:
         """Refuse a plan beyond the budget, or what is there; returns the bytes of RAM in it."""
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
@@ -338,13 +339,13 @@ class _Loader:
         weights = load_resident(export, resident_shapes(config), self._placer())
         experts = self._experts(export, store, weights)
         opened.callback(experts.slots.close)
-        network = Network(config, weights, backend, experts, memory.PREFILL_CHUNK)
+        network = Network(config, weights, backend, experts, PREFILL_CHUNK)
         if isinstance(store, HostTier):
             if told := store.pinned.announced():
                 self._notify(told)
             top_k = config.num_experts_per_tok
             device.run(lambda: experts.load_kernels(config.hidden_size, top_k), "a lower --vram")
-        head = MtpHead(network, weights, experts, memory.PREFILL_CHUNK) if config.mtp else None
+        head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
         states = [
             new_state(config, self._context, backend.latent_row, device.empty, plan.marks)
             for _ in range(options.sequences)
@@ -403,7 +404,7 @@ class _Loader:
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead = None
-        if options.prefetch and missing and size > memory.HELP_BYTES:
+        if options.prefetch and missing and size > HELP_BYTES:
             lookahead = Lookahead(
                 config,
                 weights,

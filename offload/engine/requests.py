@@ -85,7 +85,7 @@ class Request:
     owner: str = ""
     scored: bool = False
     hidden: Callable[[Tensor], None] | None = None
-    first: int | None = None  # None is the prompt's last token, whose logits are needed
+    first: int = -1  # -1 is the prompt's last token, whose logits are needed
     client: Callable[[], object] = lambda: True
     cancelled: str = ""  # the finish that is wanted now; within a layer it ends
     allows: int = 0  # what others that overtake its prompt may still cost it, in tokens
@@ -99,7 +99,7 @@ class Request:
     alive: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
-        if self.first is None:
+        if self.first < 0:
             self.first = 0 if self.scored else len(self.prompt) - 1
 
     @property

@@ -20,7 +20,8 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -68,10 +69,10 @@ class TokenBlock:
     start: int
     tokens: list[int]
     is_snapshot: bool = False
-    address: bytes = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "address", address(self.parent, self.tokens))
+    @cached_property
+    def address(self) -> bytes:
+        return address(self.parent, self.tokens)
 
     @property
     def end(self) -> int:

@@ -34,9 +34,7 @@ int slotmoe_set_isa(const char*);
 void slotmoe_set_threads(int);
 uint64_t slotmoe_read(const void*, int64_t);
 int slotmoe_linear(const Matrix*, const float*, int64_t, int64_t, float*);
-int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
-int64_t slotmoe_record_bytes(const Record*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_experts_by_slot(const Record*, const float*, int64_t, int64_t, const int64_t*,
                             const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, float*);
@@ -133,6 +131,14 @@ static void check(int status) {
 
 static int64_t tiles(int64_t n) { return (n + 15) / 16; }
 static int64_t blocks(int64_t k) { return (k + 63) / 64; }
+static int64_t packed_bytes(int64_t n, int64_t k) { return tiles(n) * blocks(k) * 1024; }
+static int64_t record_bytes(const Record& r) {
+    const int64_t in = blocks(r.hidden), out = blocks(r.intermediate);
+    const int64_t gate_or_up = code_bytes(r.gate_up, in) + scale_bytes(r.gate_up, in);
+    const int64_t down = code_bytes(r.down, out) + scale_bytes(r.down, out);
+    return 2 * tiles(r.intermediate) * gate_or_up + tiles(r.hidden) * down +
+           r.biases * 4 * (2 * r.intermediate + r.hidden);
+}
 
 // Random bytes become finite scales of so many tiles.
 static void fill_scales(uint8_t* p, int64_t kind, int64_t count, int64_t blocks) {
@@ -168,23 +174,22 @@ struct Weights {
     Array<uint8_t> data, scale;
     Floats levels;
     Matrix matrix;
-    static bool tiled(int64_t kind) { return kind == kInt8 || kind == kFine; }
     static int64_t data_bytes(int64_t kind, int64_t n, int64_t k) {
-        if (tiled(kind)) return slotmoe_int8_packed_bytes(n, k);
+        if (kind == kInt8) return packed_bytes(n, k);
         if (is_coded(kind)) return tiles(n) * code_bytes(kind, blocks(k));
         return n * k * (kind == kF32 ? 4 : 2);
     }
     static int64_t scale_bytes(int64_t kind, int64_t n, int64_t k) {
         if (is_coded(kind)) return tiles(n) * slotmoe::scale_bytes(kind, blocks(k));
-        return tiled(kind) ? n * 4 : 0;
+        return kind == kInt8 ? n * 4 : 0;
     }
     Weights(int64_t kind, int64_t n, int64_t k)
         : data(data_bytes(kind, n, k)),
           scale(scale_bytes(kind, n, k)),
           levels(16),
           matrix{kind, n, k, data.p, scale.p, levels.p} {
-        const Floats values(tiled(kind) ? n : kind == kF32 ? n * k : 0);
-        if (tiled(kind)) memcpy(scale.p, values.p, size_t(n) * 4);
+        const Floats values(kind == kInt8 ? n : kind == kF32 ? n * k : 0);
+        if (kind == kInt8) memcpy(scale.p, values.p, size_t(n) * 4);
         if (kind == kF32) memcpy(data.p, values.p, size_t(n * k) * 4);
         if (is_coded(kind)) fill_scales(scale.p, kind, tiles(n), blocks(k));
         if (kind > kF32 && kind <= kBf16) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
@@ -193,9 +198,9 @@ struct Weights {
 
 static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     Floats x(t * k, scale), y(t * n), weight(k), normed(t * k);
-    Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
+    Array<int8_t> w(n * k), packed(packed_bytes(n, k));
     check(slotmoe_pack_int8(w, n, k, packed));
-    for (int64_t kind = kInt8; kind <= kFine; kind++) {
+    for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         const Weights weights(kind, n, k);
         check(slotmoe_linear(&weights.matrix, x, t, 1, y));
         slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);
@@ -222,7 +227,7 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     const int64_t i = 33, top_k = 2, count = 3;
     const Floats levels(16);
     const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {}};
-    const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
+    const int64_t bytes = record_bytes(record), apart = (bytes + 63) / 64 * 64;
     Array<uint8_t> slab((count - 1) * apart + bytes);
     for (int64_t slot = 0; slot < count; slot++) fill_record(slab + slot * apart, record);
     Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
@@ -304,7 +309,7 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
     const Layer layer{nullptr, &a, &hyper, &hyper, &mlp, experts_of};
     const Model model{1, hidden, experts, m, 3, &layer, {1, 1, top_k, 1, kSqrtSoftplus, 1, 1.5}};
     const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {}};
-    const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
+    const int64_t bytes = record_bytes(record), apart = (bytes + 63) / 64 * 64;
     Array<uint8_t> slab(apart);
     fill_record(slab, record);
 
@@ -360,7 +365,7 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
                             {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, &last, logit_bias}};
     const Model model{2, hidden, experts, 1, 0, layers, {1, 1, top_k, 1, kSoftmax, 1, 1.5}};
     const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {0.0f, 1.0f, 0.0f}};
-    Array<uint8_t> slab((slotmoe_record_bytes(&record) + 63) / 64 * 64);
+    Array<uint8_t> slab((record_bytes(record) + 63) / 64 * 64);
     fill_record(slab, record);
     const int64_t size = latent_bytes(z, z), end = position + t,
                   first = end - t + 1 < window ? 0 : end - t + 1 - window;
@@ -400,7 +405,7 @@ static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v
     const Layer layer{nullptr, nullptr, nullptr, nullptr, &mlp, nullptr, nullptr, nullptr, &rule};
     const Model model{1, hidden, 4, 1, 0, &layer, {1, 1, 2, 1, kSoftmax, 1, 1.5}};
     const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {0.0f, 1.0f, 0.0f}};
-    Array<uint8_t> slab((slotmoe_record_bytes(&record) + 63) / 64 * 64);
+    Array<uint8_t> slab((record_bytes(record) + 63) / 64 * 64);
     fill_record(slab, record);
     const int64_t past = folded < 3 ? folded : 3;
     Floats rows((past + 3) * wide), other(wide), states(2 * state), others(2 * state);
@@ -434,8 +439,8 @@ struct KvB {
     Floats query_scale, value_scale, ones;
     Absorbed absorbed;
     KvB(int64_t heads, int64_t n, int64_t r, int64_t v)
-        : query(heads * slotmoe_int8_packed_bytes(r, n)),
-          value(heads * slotmoe_int8_packed_bytes(v, r)),
+        : query(heads * packed_bytes(r, n)),
+          value(heads * packed_bytes(v, r)),
           query_scale(heads * n),
           value_scale(heads * v),
           ones(r),
@@ -512,7 +517,7 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
     const Record record{h, i, t % 2 ? kLut3 : kMxfp4, k % 2 ? kLut4 : kInt4, t % 2, levels, levels,
                         {0.5f, 1.7f, 1.0f}};
-    const int64_t size = slotmoe_record_bytes(&record), apart = (size + 63) / 64 * 64;
+    const int64_t size = record_bytes(record), apart = (size + 63) / 64 * 64;
     Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
     for (int64_t e = 0; e < k; e++) fill_record(slab + e * apart, record);
     std::vector<int32_t> slots(k);

@@ -116,8 +116,9 @@ def test_instruction_sets_agree(codec):
     assert relative(results[-1], results[0]) < 1e-6
     assert all(torch.equal(got, fine[0]) and relative(got, results[0]) < 0.02 for got in fine)
     int8 = Int8Weight(*native.quantize_int8.results(source))
-    matrix = native.tile_int8(int8, new, fine=True)
-    first, *others = by_each_set(lambda: native.linear(matrix, x))
+    kv_b = native.tile_absorbed(int8, (20, 25), new)
+    q = torch_of(rng.standard_normal((40, 2, 20)))
+    first, *others = by_each_set(lambda: native.absorb_query(kv_b, q))
     assert all(torch.equal(other, first) for other in others)
     for made in (weight, int8):
         assert len({*by_each_set(lambda made=made: squared_error(source, made))}) == 1
@@ -159,14 +160,8 @@ def half_steps(x):
 
 
 @quick
-@given(
-    one_of((5, 20, 9000), (2, 70, 300), (9, 33, 65), (1, 1, 1)),
-    seeds,
-    one_of(1e-30, 1.0, 1e30),
-    st.booleans(),
-)
-def test_linear_int8(kernels, shape, seed, scale, fine):
-    """``fine``: a row of activations has 15 bits, whatever the instruction set."""
+@given(one_of((5, 20, 9000), (2, 70, 300), (9, 33, 65), (1, 1, 1)), seeds, one_of(1e-30, 1.0, 1e30))
+def test_linear_int8(kernels, shape, seed, scale):
     t, n, k = shape
     rng = np.random.default_rng(seed)
     q = rng.integers(-127, 128, (n, k), dtype=np.int8)
@@ -175,9 +170,8 @@ def test_linear_int8(kernels, shape, seed, scale, fine):
     w = q * s.astype(np.float64)[:, None]
     x64 = x.numpy().astype(np.float64)
     weight = Int8Weight(torch.from_numpy(q), torch.from_numpy(s))
-    got = kernels.linear(kernels.tile_int8(weight, new, fine=fine), x)
-    half = np.abs(x64).max(1, keepdims=True) / 16256 * 0.5001 if fine else half_steps(x64)
-    bound = (half + 1e-6 * np.abs(x64)) @ np.abs(w).T
+    got = kernels.linear(kernels.tile_int8(weight, new), x)
+    bound = (half_steps(x64) + 1e-6 * np.abs(x64)) @ np.abs(w).T
     assert (np.abs(got.double().numpy() - x64 @ w.T) <= bound).all()
 
 

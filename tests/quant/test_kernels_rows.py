@@ -32,9 +32,6 @@ pytestmark = needs_native
 
 
 def matrix(kernels, rng, kind, n, k):
-    if kind == "fine":
-        q = torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8))
-        return kernels.tile_int8(Int8Weight(q, torch.rand(n) + 0.1), new, fine=True)
     if isinstance(kind, str):
         return any_matrix(kernels, rng, kind, n, k)
     return Matrix.of(random_codes(rng, kind, n, k, 1.5 / math.sqrt(k))[0])
@@ -156,7 +153,7 @@ def stored(kernels, rng, t):
     return lambda rows: [latent_cache(kernels, latents[rows], 32)]
 
 
-LINEARS = {f"linear {kind}": linear(kind, 90, 200) for kind in ("int8", "fine", *CODECS)}
+LINEARS = {f"linear {kind}": linear(kind, 90, 200) for kind in ("int8", *CODECS)}
 LINEARS |= {f"linear {kind}": linear(kind, 33, 130) for kind in ("float32", "float16", "bfloat16")}
 OTHERS = {"mlp int8": mlp("int8"), **{f"mlp {codec.name}": mlp(codec) for codec in CODECS}}
 OTHERS |= {"sums and norms": sums_and_norms, "absorbed": absorbed, "attention": attention}

@@ -125,8 +125,8 @@ def add_config(writer, c):
     values |= {"rope_dimension_count": c.qk_rope_head_dim}
     is_latent = c.family.attention != "grouped"
     if is_latent:
-        width = c.qk_nope_head_dim + c.qk_rope_head_dim
-        values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
+        values |= {"head_count_kv": 1, "key_length": c.kv_lora_rank + c.qk_rope_head_dim}
+        values |= {"key_length_mla": c.qk_nope_head_dim + c.qk_rope_head_dim}
         values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
         values |= {"kv_lora_rank": c.kv_lora_rank}
         if c.q_lora_rank is not None:

@@ -12,12 +12,8 @@
 
 using namespace slotmoe;
 
-namespace {
-
-constexpr int64_t kSumColumns = 256;   // of the experts' outputs, that a thread sums at least
+constexpr int64_t kSumColumns = 256;  // of the experts' outputs, that a thread sums at least
 constexpr int64_t kPassTokens = 512;  // tokens whose activations are held at once
-
-}  // namespace
 
 // --- levels
 
@@ -81,48 +77,6 @@ bool slotmoe::finite(const float* levels) {
     return true;
 }
 
-// --- experts
-
-namespace {
-
-struct Expert {
-    CodedMatrix gate, up, down;
-    const float *gate_bias, *up_bias, *down_bias;  // null without biases
-};
-
-// All codes, then all scales, then all biases: gate's, up's and down's.
-Expert expert_at(const uint8_t* data, const Record& r) {
-    const int64_t in_blocks = up_to(r.hidden, kBlock), in_tiles = up_to(r.intermediate, kTile);
-    const int64_t out_blocks = up_to(r.intermediate, kBlock), out_tiles = up_to(r.hidden, kTile);
-    const int64_t in = in_tiles * code_bytes(r.gate_up, in_blocks), out = out_tiles * code_bytes(r.down, out_blocks);
-    const int64_t scales = in_tiles * scale_bytes(r.gate_up, in_blocks);
-    const uint8_t* first = data + 2 * in + out;
-    Expert expert{{r.gate_up, data, first, r.intermediate, in_blocks},
-                  {r.gate_up, data + in, first + scales, r.intermediate, in_blocks},
-                  {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
-    if (!r.biases) return expert;
-    const uint8_t* last = first + 2 * scales + out_tiles * scale_bytes(r.down, out_blocks);
-    expert.gate_bias = reinterpret_cast<const float*>(last);
-    expert.up_bias = expert.gate_bias + r.intermediate;
-    expert.down_bias = expert.up_bias + r.intermediate;
-    return expert;
-}
-
-// y [n] plus a bias from `first` on, unless that is null.
-void add(const float* bias, int64_t first, int64_t n, float* y) {
-    for (int64_t i = 0; bias && i < n; i++) y[i] += bias[first + i];
-}
-
-// Rows first..first + n of an expert's gate and up, which become what goes into its down.
-void activate(const Isa& isa, const Record& record, const Expert& expert, int64_t first, int64_t n, float* gate,
-              float* up) {
-    add(expert.gate_bias, first, n, gate);
-    add(expert.up_bias, first, n, up);
-    isa.activate(gate, up, record.activation, gate, n);
-}
-
-}  // namespace
-
 // --- settings
 
 EXPORT int slotmoe_abi() { return 18; }
@@ -154,10 +108,6 @@ EXPORT int slotmoe_linear(const Matrix* w, const float* x, int64_t t, int64_t gr
             multiply(job, isa, *w, x + first * groups * w->k, rows, y + first * w->n, groups);
         }
     });
-}
-
-EXPORT int64_t slotmoe_int8_packed_bytes(int64_t n, int64_t k) {
-    return up_to(n, kTile) * up_to(k, kBlock) * kTile * kBlock;
 }
 
 // Row-major int8 [n, k] -> tiles of 16 rows (isa.h), zeros in the padding.
@@ -256,14 +206,60 @@ EXPORT int slotmoe_mlp(const Mlp* w, const float* x, int64_t t, const float* res
 
 // --- experts
 
-EXPORT int64_t slotmoe_record_bytes(const Record* r) {
-    const int64_t in = up_to(r->hidden, kBlock), out = up_to(r->intermediate, kBlock);
-    return 2 * up_to(r->intermediate, kTile) * (code_bytes(r->gate_up, in) + scale_bytes(r->gate_up, in)) +
-           up_to(r->hidden, kTile) * (code_bytes(r->down, out) + scale_bytes(r->down, out)) +
-           (r->biases ? 4 * (2 * r->intermediate + r->hidden) : 0);
+void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k,
+                           int64_t h, float* y) {
+    const int64_t pieces = up_to(h, kSumColumns);
+    job.each_part(t, pieces, [&](int, int64_t row, int64_t begin, int64_t end) {
+        const int64_t last = end * kSumColumns < h ? end * kSumColumns : h;
+        isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, begin * kSumColumns, last, y + row * h);
+    });
+}
+
+// outs [t, k, h], weights [t, k] -> y [t, h].
+EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t t, int64_t k, int64_t h, float* y) {
+    if (t < 0 || k < 0 || h < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        weighted_sum(job, isa, outs, weights, t, k, h, y);
+    });
 }
 
 namespace {
+
+struct Expert {
+    CodedMatrix gate, up, down;
+    const float *gate_bias, *up_bias, *down_bias;  // null without biases
+};
+
+// All codes, then all scales, then all biases: gate's, up's and down's.
+Expert expert_at(const uint8_t* data, const Record& r) {
+    const int64_t in_blocks = up_to(r.hidden, kBlock), in_tiles = up_to(r.intermediate, kTile);
+    const int64_t out_blocks = up_to(r.intermediate, kBlock), out_tiles = up_to(r.hidden, kTile);
+    const int64_t in = in_tiles * code_bytes(r.gate_up, in_blocks), out = out_tiles * code_bytes(r.down, out_blocks);
+    const int64_t scales = in_tiles * scale_bytes(r.gate_up, in_blocks);
+    const uint8_t* first = data + 2 * in + out;
+    Expert expert{{r.gate_up, data, first, r.intermediate, in_blocks},
+                  {r.gate_up, data + in, first + scales, r.intermediate, in_blocks},
+                  {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
+    if (!r.biases) return expert;
+    const uint8_t* last = first + 2 * scales + out_tiles * scale_bytes(r.down, out_blocks);
+    expert.gate_bias = reinterpret_cast<const float*>(last);
+    expert.up_bias = expert.gate_bias + r.intermediate;
+    expert.down_bias = expert.up_bias + r.intermediate;
+    return expert;
+}
+
+// y [n] plus a bias from `first` on, unless that is null.
+void add(const float* bias, int64_t first, int64_t n, float* y) {
+    for (int64_t i = 0; bias && i < n; i++) y[i] += bias[first + i];
+}
+
+// Rows first..first + n of an expert's gate and up, which become what goes into its down.
+void activate(const Isa& isa, const Record& record, const Expert& expert, int64_t first, int64_t n, float* gate,
+              float* up) {
+    add(expert.gate_bias, first, n, gate);
+    add(expert.up_bias, first, n, up);
+    isa.activate(gate, up, record.activation, gate, n);
+}
 
 // One token through k experts: the output of expert e becomes row rows[e] of y [.., h].
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
@@ -304,27 +300,6 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
         add(expert.down_bias, row, count, out + row);
     });
 }
-
-}  // namespace
-
-void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k,
-                           int64_t h, float* y) {
-    const int64_t pieces = up_to(h, kSumColumns);
-    job.each_part(t, pieces, [&](int, int64_t row, int64_t begin, int64_t end) {
-        const int64_t last = end * kSumColumns < h ? end * kSumColumns : h;
-        isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, begin * kSumColumns, last, y + row * h);
-    });
-}
-
-// outs [t, k, h], weights [t, k] -> y [t, h].
-EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t t, int64_t k, int64_t h, float* y) {
-    if (t < 0 || k < 0 || h < 1) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        weighted_sum(job, isa, outs, weights, t, k, h, y);
-    });
-}
-
-namespace {
 
 // One token's use of one expert: its token, and its row of the output.
 struct Use {

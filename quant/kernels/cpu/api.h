@@ -64,14 +64,14 @@ int guarded(Body body) {
 struct Matrix {
     int64_t kind, n, k;
     const void* data;     // tiles of 16 rows (isa.h), or row-major if nothing is quantized
-    const void* scale;    // int8 and kFine: float [n]; coded: those of tiles
+    const void* scale;    // int8: float [n]; coded: those of tiles
     const float* levels;  // coded: [16]
 
     bool valid() const {
-        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kFine && (!is_coded(kind) || finite(levels)) &&
-               ((kind != kInt8 && kind != kFine) || k <= kFineColumns);
+        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kBf16 && (!is_coded(kind) || finite(levels)) &&
+               (kind != kInt8 || k <= kFineColumns);
     }
-    bool quantized() const { return kind < kF32 || kind == kFine; }
+    bool quantized() const { return kind < kF32; }
     int64_t tiles() const { return up_to(n, kTile); }
     Int8Matrix as_int8() const {
         return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)};
@@ -87,7 +87,7 @@ struct Mlp {
     Activation activation;
     const float* output_gate;  // [h]: the sigmoid of its product with x multiplies the result; null without one
 
-    bool valid() const { return matrix[0].valid() && matrix[0].kind < kF32; }
+    bool valid() const { return matrix[0].valid() && matrix[0].quantized(); }
 };
 
 // How the record of an expert is coded: gate and up [intermediate, hidden] alike, and down [hidden, intermediate].
@@ -342,7 +342,7 @@ void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weig
 inline void multiply_tiles(const Isa& isa, const Matrix& w, const Levels& levels, const void* blocks,
                            const double* factor, int64_t t, int64_t begin, int64_t end, float* y) {
     if (is_coded(w.kind)) return isa.coded_tiles(w.as_coded(), levels, blocks, factor, t, begin, end, y, w.n);
-    (w.kind == kFine ? isa.fine_tiles : isa.int8_tiles)(w.as_int8(), blocks, factor, t, begin, end, y, w.n);
+    isa.int8_tiles(w.as_int8(), blocks, factor, t, begin, end, y, w.n);
 }
 
 // Rows x [t, k] times a matrix, plus bias [n] unless that is null, -> y [t, n], their activations quantized as the
@@ -356,13 +356,12 @@ public:
         if (!w.quantized()) return;
         if (is_coded(w.kind)) levels_ = levels_for(isa, w.levels);
         const int64_t size = up_to(w.k, kBlock);
-        const auto quantize = w.kind == kFine ? isa.quantize_fine : isa.quantize_rows;
-        blocks_ = scratch_blocks(job, blocks, t * groups * size, w.kind == kFine || isa.fine);
+        blocks_ = scratch_blocks(job, blocks, t * groups * size, isa.fine);
         factor_ = job.scratch<double>(factor, t * groups);
         job.each(t * groups, [&](int, int64_t row) {
             const int64_t group = row % groups, token = row / groups;
-            quantize(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
-                     factor_ + group * t + token);
+            isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
+                              factor_ + group * t + token);
         });
     }
 

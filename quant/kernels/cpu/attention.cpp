@@ -6,11 +6,7 @@
 
 using namespace slotmoe;
 
-namespace {
-
 constexpr float kIndexEps = 1e-6f;  // of the norm of an indexer's keys
-
-}  // namespace
 
 // The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
 EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t context, int64_t stride,
@@ -228,6 +224,25 @@ int absorb(const Absorbed& w, bool values, const float* x, int64_t t, float* out
     });
 }
 
+// The tokens' keys, and what is chosen of them and those before.
+void index_tokens(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* x, const float* low,
+                  const Tokens& tokens) {
+    const Indexer& indexer = *a.indexer;
+    const int64_t width = indexer.width;
+    float* key = job.scratch<float>(kIndexKey, t * width);
+    const uint8_t** keys = job.scratch<const uint8_t*>(kCaches, t);
+    int64_t* counts = job.scratch<int64_t>(kIndexCounts, t);
+    multiply(job, isa, indexer.key, x, t, key);
+    job.each(t, [&](int, int64_t token) {
+        float* row = key + token * width;
+        isa.layer_norm(row, indexer.key_norm, indexer.key_bias, width, kIndexEps, row);
+        rotate(row, tokens.table + token * a.p, a.p / 2, indexer.halves, row);
+        isa.store_latent(row, width, 0, tokens.keys.at(token, a.keys, tokens.positions[token]));
+        keys[token] = tokens.keys.at(token, a.keys, 0), counts[token] = tokens.positions[token] + 1;
+    });
+    choose(job, isa, indexer, t, x, low, tokens.table, a.p, 0, keys, tokens.keys.row_bytes, counts, tokens.lists);
+}
+
 }  // namespace
 
 // q [t, heads, n] -> out [t, heads, r].
@@ -263,29 +278,6 @@ bool Attention::valid(const Tokens& tokens) const {
     if (!query.valid() || !latent.valid() || !out.valid() || (query_norm && !query_b.valid())) return false;
     return !gate.n || gate.valid();
 }
-
-namespace {
-
-// The tokens' keys, and what is chosen of them and those before.
-void index_tokens(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* x, const float* low,
-                  const Tokens& tokens) {
-    const Indexer& indexer = *a.indexer;
-    const int64_t width = indexer.width;
-    float* key = job.scratch<float>(kIndexKey, t * width);
-    const uint8_t** keys = job.scratch<const uint8_t*>(kCaches, t);
-    int64_t* counts = job.scratch<int64_t>(kIndexCounts, t);
-    multiply(job, isa, indexer.key, x, t, key);
-    job.each(t, [&](int, int64_t token) {
-        float* row = key + token * width;
-        isa.layer_norm(row, indexer.key_norm, indexer.key_bias, width, kIndexEps, row);
-        rotate(row, tokens.table + token * a.p, a.p / 2, indexer.halves, row);
-        isa.store_latent(row, width, 0, tokens.keys.at(token, a.keys, tokens.positions[token]));
-        keys[token] = tokens.keys.at(token, a.keys, 0), counts[token] = tokens.positions[token] + 1;
-    });
-    choose(job, isa, indexer, t, x, low, tokens.table, a.p, 0, keys, tokens.keys.row_bytes, counts, tokens.lists);
-}
-
-}  // namespace
 
 void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
                         const Tokens& tokens, float* y, float* x, float* logits) {

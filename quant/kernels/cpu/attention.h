@@ -27,8 +27,11 @@ constexpr uint32_t kNaN = 0x7fc00000;
 constexpr float kNoScore = -3.4e38f;
 // where scores have grown by more since a span began, what has been summed is scaled down
 constexpr float kGrowth = 32.0f;
-// A query is kDigit * high + low - kZero; its coarse columns have no low digit.
-constexpr int kDigit = Lanes::kQueryDigit, kZero = kDigit / 2 * kDigit, kQueryMax = kZero - kDigit;
+constexpr bool kWide = Lanes::kWeightOffset != 0;  // whether dots take unsigned bytes of 8 bits, or of 7
+// A query is kDigit * high + low - kZero; of its columns every other four, which are coarse if kWide, have no low digit.
+constexpr int kDigit = kWide ? 256 : 128, kZero = kDigit / 2 * kDigit, kQueryMax = kZero - kDigit;
+constexpr float kMostWeight = kWide ? 255.0f : 127.0f;  // of a row
+constexpr float kAlone = kWide ? 2.0f : 1.0f;  // a weight of more than this times the next one is no byte
 
 #ifdef SLOTMOE_AMX
 constexpr int kScoreRows = 2 * kTileRows;  // that are scored together
@@ -198,14 +201,14 @@ void store_latent(float* row, int64_t r, int64_t p, uint8_t* out) {
 }
 
 // Whether the four columns from `column` of a part on have a low digit.
-inline bool fine(int64_t column) { return !Lanes::kCoarse || column % 8 == 0; }
+inline bool fine(int64_t column) { return !kWide || column % 8 == 0; }
 
 // A part of one head -> its digits; returns what 1 is worth.
 float store_query(float* q, int64_t n, uint8_t* high, uint8_t* low) {
     float scale;
     mix(q, n);
     const float inverse = part_inverse(q, n, kQueryMax, scale);
-    const int32_t half = Lanes::kCoarse ? kDigit / 2 : 0;
+    const int32_t half = kWide ? kDigit / 2 : 0;
     for (int64_t i = 0; i < n; i++) {
         // coarse ones are rounded
         const int32_t digits = int32_t(round_even(q[i] * inverse)) + kZero + half * int32_t(i >> 2 & 1);
@@ -382,7 +385,7 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
 #pragma GCC unroll 4
     for (; c + 8 <= end; c += 8) {
         q = dot_rows<true>(q, rows, c, dots);
-        q = dot_rows<!Lanes::kCoarse>(q, rows, c + 4, dots);
+        q = dot_rows<!kWide>(q, rows, c + 4, dots);
     }
     if (c < end) q = dot_rows<true>(q, rows, c, dots);
 #endif
@@ -500,7 +503,7 @@ SLOTMOE_NOINLINE void score_rows(const Mla& m, int64_t head, int64_t tile, const
             dots[h][t][1] = Lanes::start(0);
         }
     int64_t column = 0;
-    for (; column + 8 <= p4; column += 8) quad(column, true), quad(column + 4, !Lanes::kCoarse);
+    for (; column + 8 <= p4; column += 8) quad(column, true), quad(column + 4, !kWide);
     if (column < p4) quad(column, true);
     const auto digit = Lanes::broadcast(float(kDigit));
 #pragma GCC unroll 4
@@ -584,13 +587,13 @@ SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool f
         top = Lanes::max(w, top);
     }
     for (int64_t i = n; i % 4; i++) Lanes::store(s[i], Lanes::zero());
-    const auto bytes_to = Lanes::mul(next, Lanes::broadcast(Lanes::kAlone));
+    const auto bytes_to = Lanes::mul(next, Lanes::broadcast(kAlone));
     const auto most = Lanes::max(Lanes::where_greater(top, bytes_to, next, top), Lanes::broadcast(1e-30f));
     alignas(64) float inverse[kTile], alone_row[kTile];
     Lanes::store(sums + lane, Lanes::add(Lanes::load(sums + lane), sum));
-    Lanes::store(c.step + lane, Lanes::mul(most, Lanes::broadcast(1.0f / float(Lanes::kMostWeight))));
+    Lanes::store(c.step + lane, Lanes::mul(most, Lanes::broadcast(1.0f / kMostWeight)));
     Lanes::store(c.top + lane, top), Lanes::store(alone_row, row), Lanes::store(inverse, most);
-    for (float& v : inverse) v = float(Lanes::kMostWeight) / v;
+    for (float& v : inverse) v = kMostWeight / v;
     c.alone[tile] = Lanes::greater(top, bytes_to);
     for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
         const int h = __builtin_ctz(heads);
@@ -609,7 +612,7 @@ SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool f
 // The same of scores [heads, 64]: a head's are side by side. A head's weights are 64 bytes.
 SLOTMOE_NOINLINE bool softmax_heads(const Mla& m, int64_t tile, bool first, const Chunk& c, float* maxima,
                                     float* sums) {
-    constexpr int kVectors = kChunkRows / kTile, kShift = Lanes::kMostWeight > 127 ? 128 : 0;
+    constexpr int kVectors = kChunkRows / kTile, kShift = kWide ? 128 : 0;
     const int64_t lane = tile * kTile, heads = m.heads - lane < kTile ? m.heads - lane : kTile;
     float (*s)[kChunkRows] = reinterpret_cast<float (*)[kChunkRows]>(c.scores + lane * kChunkRows);
     F tops[kTile], nexts[kTile], totals[kTile];
@@ -648,7 +651,7 @@ SLOTMOE_NOINLINE bool softmax_heads(const Mla& m, int64_t tile, bool first, cons
     Lanes::max_lanes(nexts, next);
     c.alone[tile] = 0;
     for (int64_t h = 0; h < heads; h++) {
-        const float bytes_to = next[h] * Lanes::kAlone;
+        const float bytes_to = next[h] * kAlone;
         float most = largest[h];
         if (most > bytes_to) {
             uint64_t row = 0;
@@ -659,8 +662,8 @@ SLOTMOE_NOINLINE bool softmax_heads(const Mla& m, int64_t tile, bool first, cons
             most = next[h];
         }
         most = most > 1e-30f ? most : 1e-30f;
-        c.step[lane + h] = most * (1.0f / float(Lanes::kMostWeight));
-        const auto inverse = Lanes::broadcast(float(Lanes::kMostWeight) / most),
+        c.step[lane + h] = most * (1.0f / kMostWeight);
+        const auto inverse = Lanes::broadcast(kMostWeight / most),
                    shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f - kShift),
                    least = Lanes::broadcast(-float(kShift));  // of NaN too
         uint64_t bytes[kQuads / 2];

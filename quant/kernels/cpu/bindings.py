@@ -112,11 +112,11 @@ class Kernels:
         """Read every byte of uint8 [n] with all threads: the kernels' bound."""
         self.library.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
-    def tile_int8(self, weight: Int8Weight, empty: Empty, fine: bool = False) -> Matrix:
-        """A copy in the order of `linear`, in memory from `empty`; `fine` as in `Matrix`."""
+    def tile_int8(self, weight: Int8Weight, empty: Empty) -> Matrix:
+        """A copy in the order of `linear`, in memory from `empty`."""
         tiles = self._tiles(weight.q, empty)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
-        return Matrix.int8(tiles, scale, weight.shape, fine)
+        return Matrix.int8(tiles, scale, weight.shape)
 
     def tile_absorbed(self, weight: Int8Weight, head: tuple[int, int], empty: Empty) -> Absorbed:
         """The same of `kv_b_proj`, `head` of whose rows, N and V, are a head's."""

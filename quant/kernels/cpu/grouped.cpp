@@ -6,9 +6,9 @@
 
 using namespace slotmoe;
 
-// The last t of the positions whose rows [groups, rows], of values [z] and keys
-// [z] and `group_bytes` apart, are here from position `first` on. Each over those up to its own, the last `window` of
-// them unless that is 0: q [t, heads, z] -> out [t, heads, z]. sinks [heads]: as above.
+// The last t of the positions whose rows [groups, rows], of values [z] and keys [z] and `group_bytes` apart, are here
+// from position `first` on. Each over those up to its own, the last `window` of them unless that is 0: q [t, heads, z]
+// -> out [t, heads, z]. sinks [heads]: as of slotmoe_attend.
 EXPORT int slotmoe_grouped(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t groups,
                            int64_t group_bytes, int64_t rows, int64_t stride, int64_t first, int64_t z, float scale,
                            int64_t window, const float* sinks, float* out) {

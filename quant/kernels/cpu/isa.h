@@ -39,11 +39,8 @@ struct alignas(64) FineBlock {
     int32_t bias[2];  // what a product of both digits with a half's columns starts from
 };
 
-// What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
-// code. kFine is int8 whose activations have two digits on every instruction set.
-enum Kind : int64_t {
-    kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kMxfp4 = 5, kF32 = 6, kF16 = 7, kBf16 = 8, kFine = 9
-};
+// What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a code.
+enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kMxfp4 = 5, kF32 = 6, kF16 = 7, kBf16 = 8 };
 constexpr int64_t kFineColumns = 131072;  // whose sums of bytes by bytes 32 bits hold
 constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kMxfp4; }
 

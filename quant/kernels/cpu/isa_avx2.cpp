@@ -185,12 +185,7 @@ struct Lanes {
     static I add_bytes(I sum, const uint8_t* p) {
         return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))};
     }
-    static constexpr bool kWide = kWeightOffset != 0;      // whether dots take bytes of 8 bits
-    static constexpr int kQueryDigit = kWide ? 256 : 128;     // a query's digits are less
-    static constexpr bool kCoarse = kWide;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 2;    // rows that are scored together
-    static constexpr int kMostWeight = kWide ? 255 : 127;  // of a row's weight
-    static constexpr float kAlone = kWide ? 2.0f : 1.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return {bytes(p), bytes(static_cast<const uint8_t*>(p) + 32)}; }
     static W broadcast_bytes(const void* p) {  // 4 to each lane
         int32_t four;

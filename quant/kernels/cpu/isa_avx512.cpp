@@ -161,11 +161,7 @@ struct Lanes {
     static void prefetch_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
 
     static I add_bytes(I sum, const uint8_t* p) { return _mm512_add_epi32(sum, _mm512_loadu_si512(p)); }
-    static constexpr int kQueryDigit = 256;      // a query's digits are less
-    static constexpr bool kCoarse = true;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 8;     // rows that are scored together
-    static constexpr int kMostWeight = 255;  // of a row's weight
-    static constexpr float kAlone = 2.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return _mm512_loadu_si512(p); }
     static W broadcast_bytes(const void* p) {  // 4 to each lane
         int32_t four;

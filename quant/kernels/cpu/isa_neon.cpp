@@ -164,11 +164,7 @@ struct Lanes {
     static I add_bytes(const I& sum, const uint8_t* p) {
         return ints([&](int i) { return vaddq_s32(sum.v[i], vreinterpretq_s32_u8(vld1q_u8(p + 16 * i))); });
     }
-    static constexpr int kQueryDigit = 128;      // a query's digits are less
-    static constexpr bool kCoarse = false;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 2;     // rows that are scored together
-    static constexpr int kMostWeight = 127;  // of a row's weight
-    static constexpr float kAlone = 1.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return weights(static_cast<const int8_t*>(p)); }
     static int8x16_t broadcast_bytes(const void* p) {  // 4 to each lane
         int32_t four;

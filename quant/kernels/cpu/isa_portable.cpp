@@ -161,11 +161,7 @@ struct Lanes {
         for (int i = 0; i < 16; i++) sum.v[i] = int32_t(uint32_t(sum.v[i]) + words[i]);
         return sum;
     }
-    static constexpr int kQueryDigit = 128;      // a query's digits are less
-    static constexpr bool kCoarse = false;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 4;     // rows that are scored together
-    static constexpr int kMostWeight = 127;  // of a row's weight
-    static constexpr float kAlone = 1.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return weights(static_cast<const int8_t*>(p)); }
     static const int8_t* broadcast_bytes(const void* p) { return static_cast<const int8_t*>(p); }  // 4 to each lane
     static I dot_bytes(const I& sum, const W& a, const int8_t* b) { return dot(sum, a, b); }

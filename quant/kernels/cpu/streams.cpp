@@ -5,11 +5,7 @@
 
 using namespace slotmoe;
 
-namespace {
-
 constexpr int64_t kColumns = 256;  // of the streams, that a thread takes at least
-
-}  // namespace
 
 void slotmoe::hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float* h, int64_t t, int64_t d, float* x,
                        float* post, float* comb) {

@@ -31,7 +31,7 @@ from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, ten
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
-_INT8, _DENSE, _FINE = 0, 6, 9
+_INT8, _DENSE = 0, 6
 _SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 
@@ -43,7 +43,7 @@ def _coded(bits: int, coding: str) -> list[str]:
 
 
 _MEMORY = {  # what a kind of matrix consists of
-    **{kind: [f"w:{signatures.INT8}", "scale:f32[N]"] for kind in (_INT8, _FINE)},
+    _INT8: [f"w:{signatures.INT8}", "scale:f32[N]"],
     **{kind: _coded(*code) for code, kind in KINDS.items()},
     **{_DENSE + source: ["w:source[N,K]"] for source in signatures.SOURCE_TYPES.values()},
 }
@@ -60,8 +60,7 @@ class Matrix(Bound):
     """A matrix [N, K] of any kind.
 
     int8 is tiled: [n_tiles, n_blocks, 1024], byte 64 t + 4 lane + i of a block being row 16 tile +
-    lane, column 64 block + 4 t + i, with row scales, float32 [N].  `fine` activations have 15 bits
-    and one scale a row, with up to 131,072 columns.
+    lane, column 64 block + 4 t + i, with row scales, float32 [N], and up to 131,072 columns.
     """
 
     def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
@@ -84,15 +83,13 @@ class Matrix(Bound):
         return cls(_DENSE + signatures.SOURCE_TYPES[weight.dtype], *weight.shape, weight)
 
     @classmethod
-    def int8(
-        cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int], fine: bool = False
-    ) -> "Matrix":
-        return cls(_FINE if fine else _INT8, *shape, tiles, scale)
+    def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> "Matrix":
+        return cls(_INT8, *shape, tiles, scale)
 
     @property
     def coded(self) -> bool:
         """Whether it is int8 or coded."""
-        return self.kind < _DENSE or self.kind == _FINE
+        return self.kind < _DENSE
 
     @property
     def nbytes(self) -> int:
@@ -160,8 +157,8 @@ def bind_router(router: Router) -> Bound:
 
 class Absorbed(Bound):
     """`kv_b_proj` [A (N + V), R] as attention multiplies it: of each head its query's rows, turned,
-    and its values', int8 in tiles as in `Matrix`, with activations that are `fine`.  `memory` and
-    its shapes are those of `_ABSORBED`."""
+    and its values', int8 in tiles as in `Matrix`, with activations of 15 bits and one scale a row.
+    `memory` and its shapes are those of `_ABSORBED`."""
 
     def __init__(self, *memory: Tensor) -> None:
         query_scale, value_scale, ones = memory[2:]
