@@ -241,7 +241,7 @@ class _Loader:
         marks = memory.choose_marks(config, self.budget, 1)
         components = {  # the checkpoint's own precision; the cache in float32
             "resident weights": checkpoint.nbytes,
-            "KV cache": memory.kv_bytes(config, self._context, "torch", value_bytes=4, marks=marks),
+            "KV cache": memory.kv_bytes(config, self._context, "reference", marks),
             "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
         }
         if device.tier == "ram":

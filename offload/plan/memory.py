@@ -64,16 +64,17 @@ class _Kept:
         return self.row * min(rows, self.topk or rows) + self.last * (self.most + 1) // self.ratio
 
 
-def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
+def _kept(config: Config, kernels: str) -> Iterator[_Kept]:
     """What a model keeps: latents and index keys; or keys and values of groups, of all tokens or of
     a window, and what goes into delta rules, and their states; or where attention compresses, the
     window, and compressed rows by their ratio, twice where they have keys for an indexer.
-    ``native`` kernels keep 8 bits a value, with 16 bytes of scales and sums a row, others
-    ``value_bytes``."""
+    ``native`` kernels keep 8 bits a value, with 16 bytes of scales and sums a row, the
+    ``reference`` path 4 bytes, others 2."""
 
     def row(latent: int, rope: int) -> int:
-        is_native = kernels == "native"
-        return shapes.latent_bytes(latent, rope) if is_native else (latent + rope) * value_bytes
+        if kernels == "native":
+            return shapes.latent_bytes(latent, rope)
+        return (latent + rope) * (4 if kernels == "reference" else 2)
 
     c, indexer = config.compressed, config.indexer
     layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
@@ -105,30 +106,23 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
             yield _Kept(ratio, count * row(values, 0), span - 1, overlaps * ratio, last, most_read)
 
 
-def kv_bytes(
-    config: Config,
-    positions: int,
-    kernels: str = "native",
-    value_bytes: int = 2,
-    marks: Marks = MARKS,
-) -> int:
+def kv_bytes(config: Config, positions: int, kernels: str, marks: Marks = MARKS) -> int:
     """Bytes of the KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a
     layer each, and ``index_head_dim`` in layers with an indexer; with grouped queries a value and a
     key of each group, and windows, or states of delta rules, with all possible marks.  Where
     attention compresses: a window, compressed rows, uncompressed tokens in float32, and marks."""
-    return sum(kept.nbytes(positions, marks) for kept in _kept(config, kernels, value_bytes))
+    return sum(kept.nbytes(positions, marks) for kept in _kept(config, kernels))
 
 
-def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 2) -> int:
+def kv_read_bytes(config: Config, length: int, kernels: str) -> int:
     """Bytes of it that a token behind so many reads: all index keys, and the rows chosen."""
-    return sum(kept.read_bytes(length) for kept in _kept(config, kernels, value_bytes))
+    return sum(kept.read_bytes(length) for kept in _kept(config, kernels))
 
 
-def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes: int = 2) -> int:
+def mark_bytes(config: Config, tokens: int, kernels: str) -> int:
     """Bytes of the marks that a pass over so many tokens makes."""
-    kept = _kept(config, kernels, value_bytes)
     spacing = MARKS.tokens if config.delta is None else MARKED_TOKENS
-    return tokens // spacing * sum(one.regular * one.last for one in kept)
+    return tokens // spacing * sum(kept.regular * kept.last for kept in _kept(config, kernels))
 
 
 def choose_marks(config: Config, budget: int, sequences: int) -> Marks:
@@ -136,7 +130,7 @@ def choose_marks(config: Config, budget: int, sequences: int) -> Marks:
     as a 32nd of the budget holds, 4 to 8, the last half of them of texts' ends."""
     if config.delta is None:
         return MARKS
-    kept = [kept for kept in _kept(config, "native", 2) if not kept.ratio]
+    kept = [kept for kept in _kept(config, "native") if not kept.ratio]
     size, rest = sum(one.regular * one.last for one in kept), Marks(most=0, ends=0)
     most = min(8, max(4, budget // 32 // sequences // size))
     constant = sum(one.nbytes(0, rest) for one in kept)
@@ -373,7 +367,7 @@ def make_plan(
     table = 4 * (everything + config.n_routed_experts) + shapes.LEVELS_BYTES
     components = {
         **sizes.resident,
-        "KV cache": sequences * kv_bytes(config, context, kernels, marks=marks),
+        "KV cache": sequences * kv_bytes(config, context, kernels, marks),
         "logits": 4 * logits_rows * config.vocab_size,
         **({"runtime": runtime} if on_cpu else {"slot table": table}),
     }
