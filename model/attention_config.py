@@ -1,7 +1,6 @@
 """A model's attention and residual streams as ``config.json`` says, in any publisher's words."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Annotated, Literal, TypedDict, get_args
@@ -288,7 +287,8 @@ def in_hub_words(given: Json, _family: Family) -> Json:
             if ratio and rates.get(name) != ratio:
                 found = f"is {rates[name]}, which is not {ratio}" if name in rates else "is missing"
                 raise ValueError(f"compress_rates.{name} {found}")
-        _check_count(types, layers)
+        if len(types) != layers:
+            raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
         _set(values, "compress_ratios", [_RATIOS[name] for name in types])
     if (moes := hub.mlp_layer_types) is not None:
         count = moes.count("hash_moe")
@@ -379,7 +379,8 @@ def _windows(of: _KeysOfGroups, family: Family) -> tuple[int, ...]:
         if slides and (of.max_window_layers or 0) < layers:
             raise ValueError("layer_types is missing, which says where sliding_window counts")
         types = ["full_attention"] * layers
-    _check_count(types, layers)
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
     for at, name in enumerate(types):
         if name not in ("full_attention", other):
             raise ValueError(f"layer_types[{at}] is {name!r}, expected full_attention or {other}")
@@ -394,11 +395,6 @@ def check_multiple(values: Json, key: str, of: str) -> None:
     """Raise ``ValueError`` unless one number is a multiple of another."""
     if values[key] % values[of]:
         raise ValueError(f"{key} {values[key]} is not a multiple of {of} {values[of]}")
-
-
-def _check_count(types: Sequence[str], layers: int) -> None:
-    if len(types) != layers:
-        raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
 
 
 def _set(values: Json, key: str, value: object) -> None:

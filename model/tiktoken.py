@@ -1,7 +1,7 @@
 """``tiktoken.model``, the vocabulary file of Moonlight and Kimi, as a ``tokenizer.json``.
 
 The file has a token and its rank a line.  How text is cut into words, and which ids are special,
-stands in code that comes with those models; it is not run.  The pattern stands here, and the
+stands in code that comes with those models; it is not run.  The pattern is one of ours, and the
 special tokens are those of ``tokenizer_config.json``.  Other tokenizers are refused by name.
 """
 
@@ -20,17 +20,16 @@ FILE_NAME, MAX_BYTES = "tiktoken.model", 16 << 20  # Kimi K2's has 2.8 MB
 _MAX_TOKENS, _MAX_TOKEN_BYTES = 300_000, 512
 _CLASS = "TikTokenTokenizer"
 _RESERVED = 256  # ids behind the vocabulary; those without a name of their own are reserved
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-WORDS = (
-    r"[\p{Han}]+"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
-    r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS: dict[str, list[str]] = json.loads(
+    Path(__file__).with_name("pretokenizers.json").read_bytes()
 )
+"""Patterns that split text one after the other, as the ``tokenizer.json`` of their publishers has
+them, by the pre-tokenizer's name in GGUF files: DeepSeek-V2 and its Coder models have the first."""
+
+
+def splitting(pattern: str) -> Json:
+    """A step of a ``tokenizer.json`` that cuts text where a ``pattern`` matches."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def made_by_child(model: bytes, settings: Json, path: Path) -> bytes:
@@ -62,7 +61,7 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
         raise ValueError(f"{problem}; make a tokenizer.json of it and put it beside the checkpoint")
     ranks = _ranks(model)
     spelled = {token: "".join(BYTE_CHARACTERS[byte] for byte in token) for token in ranks}
-    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    (pattern,) = PATTERNS["kimi-k2"]
     byte_level: Json = {"type": "ByteLevel"}
     byte_level |= dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
     off = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
@@ -71,7 +70,7 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
         **dict.fromkeys(("truncation", "padding")),
         "added_tokens": _added_tokens(settings, len(ranks)),
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [splitting(pattern), byte_level]},
         "post_processor": None,
         "decoder": byte_level,
         "model": {

@@ -26,15 +26,11 @@ Place = Callable[[str, Weight], Prepared]
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
-def open_source(path: Path) -> Export | Checkpoint:
-    """What is at ``path``, open and checked: a context manager.  Raises ``ExportError``,
-    ``CheckpointError`` or ``ConfigError``."""
-    return Export.open(path) if (path / MANIFEST).is_file() else open_checkpoint(path)
-
-
 def read_model(path: Path) -> tuple[Config, Tokenizer]:
-    """``small_parts`` of the model at ``path``.  Raises as ``open_source`` does."""
-    with open_source(path) as source:
+    """``small_parts`` of the export or checkpoint at ``path``, which is opened and checked.  Raises
+    ``ExportError``, ``CheckpointError`` or ``ConfigError``."""
+    is_export = (path / MANIFEST).is_file()
+    with Export.open(path) if is_export else open_checkpoint(path) as source:
         return small_parts(source, path)
 
 

@@ -1,10 +1,11 @@
 """The metadata of a GGUF file as ``config.json`` and tokenizer files.  Without torch.
 
-llama.cpp's keys stand here alone.  A value that the network needs and the file lacks is refused by
-its key: what llama.cpp assumes in its place may be wrong (its gate knows no groups, for example).
+llama.cpp's keys stand here and in ``gguf.json`` alone.  A value that the network needs and the file
+lacks is refused by its key: what llama.cpp assumes in its place may be wrong (its gate knows no
+groups, for example).
 
-GGUF names the pre-tokenizer, which splits text before merges are applied, and does not hold it.  So
-the patterns of the families stand here, as the ``tokenizer.json`` of their publishers has them.
+GGUF names the pre-tokenizer, which splits text before merges are applied, and does not hold it:
+see ``slotmoe.model.tiktoken``.
 """
 
 import json
@@ -20,31 +21,15 @@ from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import Json, ReadFile, files_in, read_json, typed
 from slotmoe.model.checkpoint.gguf_header import GgufHeader, is_gguf, read_headers
 from slotmoe.model.families import FAMILIES, Family
-from slotmoe.model.tiktoken import WORDS as KIMI_WORDS
+from slotmoe.model.tiktoken import PATTERNS, splitting
 
-_ARCHITECTURES = {
-    **{"deepseek2": "deepseek_v2", "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"},
-    **{"glm4moe": "glm4_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2", "dots1": "dots1"},
-    **{"hunyuan-moe": "hunyuan_v1_moe", "glm-dsa": "glm_moe_dsa", "qwen3next": "qwen3_next"},
-    **{"qwen35moe": "qwen3_5_moe_text"},
-}
-"""llama.cpp's name -> ``model_type``; ``deepseek2`` with scores by sigmoid is ``deepseek_v3``."""
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 _Real = Annotated[float, Meta(ge=0, le=1e30)]
 _One = Annotated[float, Meta(ge=1, le=1, description="1")]
-_GEOMETRY = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count"}
-_GEOMETRY |= {"num_attention_heads": "attention.head_count"}
-_GEOMETRY |= {"moe_intermediate_size": "expert_feed_forward_length"}
-_GEOMETRY |= {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-_OF_LATENTS = {"first_k_dense_replace": "leading_dense_block_count"}
-_OF_LATENTS |= {"intermediate_size": "feed_forward_length"}
-_OF_LATENTS |= {"kv_lora_rank": "attention.kv_lora_rank", "n_shared_experts": "expert_shared_count"}
-_OF_LATENTS |= {"qk_rope_head_dim": "rope.dimension_count"}
-"""``config.json``'s key -> that of the metadata, behind the architecture's name."""
-_OF_INDEXERS = {"index_n_heads": "head_count", "index_head_dim": "key_length"}
-_OF_INDEXERS |= {"index_topk": "top_k"}
-_OF_DELTA = {"linear_num_key_heads": "ssm.group_count", "linear_key_head_dim": "ssm.state_size"}
-_OF_DELTA |= {"linear_num_value_heads": "ssm.time_step_rank"}
+_TABLES: Json = json.loads(Path(model.__file__).with_name("gguf.json").read_bytes())
+"""``architectures``: llama.cpp's name -> ``model_type``; ``deepseek2`` with scores by sigmoid is
+``deepseek_v3``.  ``known``: keys that may be there.  The others: ``config.json``'s key -> that of
+the metadata, behind the architecture's name, or of an indexer behind that."""
 _OF_GATES = (
     ("first_k_dense_replace", "leading_dense_block_count", 0),
     ("n_shared_experts", "expert_shared_count", 0),
@@ -68,63 +53,10 @@ _YARN: dict[str, tuple[Any, ...]] = {
 }
 """Settings of YaRN -> key behind ``rope.scaling``, type, and what a file without it means."""
 _HEADS = ("attention.key_length", "attention.value_length")
-_KNOWN = {*_FIXED, *_HEADS, "attention.head_count_kv", "expert_group_used_count"}
-_KNOWN |= {
-    "rope.dimension_sections",
-    "tensor_data_layout",
-    "rope.scaling.finetuned",
-    "rope.scaling.yarn_log_multiplier",
-}
-_KNOWN |= {f"rope.scaling.{key}" for key, *_ in _YARN.values()}
-_LETTERS = (
-    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
-    "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"
-    "\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd"
-    "\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d"
-    "\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4"
-    "\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec"
-    "\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
-    "\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b"
-    "\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787"
-    "\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a"
-    "\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
-    "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
-)
-_MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
-_EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_ENDINGS, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_BEFORE, _SIGN = r"[^\r\n\p{L}\p{N}]?", r"[^\s\p{L}\p{N}]"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SPLITS = {
-    "deepseek-llm": ("[\r\n]", f"\\s?[{_LETTERS}]+", f"\\s?[{_MARKS}]+", "\\s+$", _EAST_ASIAN),
-    "deepseek-coder": ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", _EAST_ASIAN),
-    "gpt-2": (),  # the pattern is the byte-level step's own
-    "deepseek-v3": (
-        "\\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
-        "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-        f"| ?[\\p{{P}}\\p{{S}}]+[\r\n]*|{_SPACES}",
-    ),
-    "kimi-k2": (KIMI_WORDS,),
-    **dict.fromkeys(("gpt-4o", "minimax-m2"), (
-        f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDINGS}?"
-        f"|\\p{{N}}{{1,3}}| ?{_SIGN}+[\\r\\n/]*|{_SPACES}",
-    )),
-    "qwen35": (
-        f"{_ENDINGS}|{_BEFORE}[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
-        f"| ?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{_SPACES}",
-    ),
-    **dict.fromkeys(("qwen2", "hunyuan"), (
-        f"{_ENDINGS}|{_BEFORE}\\p{{L}}+|\\p{{N}}| ?{_SIGN}+[\\r\\n]*|{_SPACES}",
-    )),
-    "glm4": (
-        f"{_ENDINGS}|{_BEFORE}\\p{{L}}+|\\p{{N}}{{1,3}}| ?{_SIGN}+[\\r\\n]*|{_SPACES}",
-    ),
-}  # fmt: skip
-"""Patterns that split text one after the other, by the pre-tokenizer's name.  DeepSeek-V2 and its
-Coder models have the first; both of DeepSeek's split single digits after them."""
-_DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2", "qwen35")  # what some do besides
+_OF_YARN = {f"rope.scaling.{key}" for key, *_ in _YARN.values()}
+_KNOWN = {*_FIXED, *_HEADS, *_OF_YARN, *_TABLES["known"]}
+# What some do besides: both of DeepSeek's split single digits behind the patterns.
+_DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2", "qwen35")
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _PREFIX = "tokenizer.ggml."
 _OfEach = Meta(min_length=1, max_length=500_000)
@@ -156,8 +88,8 @@ def read_tokenizer(metadata: Json) -> GgufTokenizer:
     given = {name.removeprefix(_PREFIX): value for name, value in behind.items()}
     given["chat_template"] = metadata.get("tokenizer.chat_template")
     found = typed(given, GgufTokenizer, _PREFIX[:-1])
-    if found.pre not in _SPLITS:
-        known = ", ".join(map(repr, _SPLITS))
+    if found.pre not in PATTERNS:
+        known = ", ".join(map(repr, PATTERNS))
         raise ValueError(f"{_PREFIX}pre is {found.pre!r:.80}, expected one of {known}")
     count, types = len(found.tokens), len(found.token_type)
     if types != count:
@@ -184,12 +116,9 @@ def tokenizer_files(found: GgufTokenizer) -> dict[str, Json]:
         for name, index in tokens.items()
         if types[index] in (_CONTROL, _USER_DEFINED)
     ]  # fmt: skip
-    split = _SPLITS[found.pre]
+    split = PATTERNS[found.pre]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps: list[Json] = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in split
-    ]
+    steps = [splitting(pattern) for pattern in split]
     steps += [{"type": "Digits", "individual_digits": True}] if found.pre in _DIGITS else []
     steps += [{**byte_level, "use_regex": not split}]
     tokenizer = {
@@ -250,9 +179,10 @@ def files_of(path: Path) -> ReadFile:
 def metadata_files(headers: list[GgufHeader]) -> ReadFile:
     """The model's small files, see ``slotmoe.jsonfile``, made of the first part's metadata and the
     tensors of all.  Raises ``CheckpointError``, which names the key."""
+    architectures = [*_TABLES["architectures"]]
     try:
-        if (found := headers[0].metadata.get("general.architecture")) not in [*_ARCHITECTURES]:
-            known = ", ".join(map(repr, _ARCHITECTURES))
+        if (found := headers[0].metadata.get("general.architecture")) not in architectures:
+            known = ", ".join(map(repr, architectures))
             raise ValueError(f"general.architecture is {found!r:.80}, expected one of {known}")
         tokenizer = read_tokenizer(headers[0].metadata)
         files = {**tokenizer_files(tokenizer), "config.json": _config(headers, tokenizer)}
@@ -276,14 +206,14 @@ def _config(headers: list[GgufHeader], tokenizer: GgufTokenizer) -> Json:
     for key, of in _FIXED.items():
         found.get(key, of, None)
     name, gating = header.metadata["general.architecture"], found.get(_GATING, _Count, 0)
-    kind = "deepseek_v3" if (name, gating) == ("deepseek2", 2) else _ARCHITECTURES[name]
+    kind = "deepseek_v3" if (name, gating) == ("deepseek2", 2) else _TABLES["architectures"][name]
     family = FAMILIES[kind]
     if gating not in (0, *_GATINGS[family.scoring]):
         expected = f"expected {_GATINGS[family.scoring][0]} ({family.scoring})"
         raise ValueError(f"{found.named(_GATING)} is {gating}, {expected}")
     values: Json = {"architectures": [family.architecture], "model_type": kind}
     values |= {"hidden_act": "silu", "scoring_func": family.scoring}
-    values |= {key: found.get(name, _Count) for key, name in _GEOMETRY.items()}
+    values |= {key: found.get(name, _Count) for key, name in _TABLES["geometry"].items()}
     values["num_nextn_predict_layers"] = heads = found.get("nextn_predict_layers", _Count, 0)
     values["num_hidden_layers"] -= heads
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.ends}
@@ -296,12 +226,12 @@ def _config(headers: list[GgufHeader], tokenizer: GgufTokenizer) -> Json:
     if family.attention == "grouped":
         values |= _grouped(found, values, family, tensors.keys())
     else:
-        values |= {key: found.get(name, _Count) for key, name in _OF_LATENTS.items()}
+        values |= {key: found.get(name, _Count) for key, name in _TABLES["latents"].items()}
         values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
         values["num_key_value_heads"] = values["num_attention_heads"]
         values |= _heads(found, values) | _gate(found, values)
     if family.indexed:
-        behind = {key: f"attention.indexer.{name}" for key, name in _OF_INDEXERS.items()}
+        behind = {key: f"attention.indexer.{name}" for key, name in _TABLES["indexers"].items()}
         values |= {key: found.get(name, _Count) for key, name in behind.items()}
         if own := found.get("attention.indexer.types", list[bool], None):
             values["indexer_types"] = [("shared", "full")[each] for each in own]
@@ -326,7 +256,7 @@ def _grouped(found: _Metadata, values: Json, family: Family, tensors: Container[
     more["norm_topk_prob"] = found.get("expert_weights_norm", bool, normed)
     if family.delta:
         found.get("ssm.conv_kernel", Literal[4])
-        more |= {key: found.get(name, _Count) for key, name in _OF_DELTA.items()}
+        more |= {key: found.get(name, _Count) for key, name in _TABLES["delta"].items()}
         width = found.get("ssm.inner_size", _Count) // max(1, more["linear_num_value_heads"])
         more["linear_value_head_dim"] = width
         more["full_attention_interval"] = found.get("full_attention_interval", _Count, 4)
@@ -363,7 +293,7 @@ def _gate(found: _Metadata, values: Json) -> Json:
     # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.
     for path in sorted((Path(model.__file__).parent / "geometries").glob("*.json")):
         geometry = read_json(path, 1 << 20, Json)
-        keys = ("model_type", *_GEOMETRY, *_OF_LATENTS, "q_lora_rank")
+        keys = ("model_type", *_TABLES["geometry"], *_TABLES["latents"], "q_lora_rank")
         if all(geometry.get(key) == values[key] for key in keys):
             return gate | {key: geometry[key] for key in _GROUPS}
     problem = "is missing, and this is no model whose groups of experts are known"

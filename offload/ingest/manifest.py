@@ -176,7 +176,7 @@ def quantization_report(contents: Contents, sums: Mapping[str, Sequence[float]])
             "family": key,
             "stored": stored.name if isinstance(stored, Codec) else stored,
             "weights": weights,
-            "bits_per_weight": _bits(sizes[key], weights),
+            "bits_per_weight": float(f"{8 * sizes[key] / weights:.6g}"),
             "relative_rms_error": _relative(_summed(of_layers.values())),
             "worst_layer": max(worst, key=worst.__getitem__, default=None),
             "by_layer": {str(layer): error for layer, error in worst.items()},
@@ -188,7 +188,7 @@ def quantization_report(contents: Contents, sums: Mapping[str, Sequence[float]])
     size = sum(part.nbytes for part in parts.values())  # with padding
     return {
         "weights": weights,
-        "bits_per_weight": _bits(size, weights),
+        "bits_per_weight": float(f"{8 * size / weights:.6g}"),
         "families": sorted(rows, key=lambda row: (-sizes[row["family"]], row["family"])),
     }
 
@@ -202,7 +202,3 @@ def _relative(squares: Squares) -> float:
     error, weight = squares
     # A manifest holds at most 1000, and a state may say anything of what a killed run wrote.
     return float(f"{min(math.sqrt(error / weight), 1000):.6g}") if weight else 0.0
-
-
-def _bits(size: int, weights: int) -> float:
-    return float(f"{8 * size / weights:.6g}")

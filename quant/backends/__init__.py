@@ -40,13 +40,6 @@ def pick_backend(
     return NativeBackend(native, activation)
 
 
-def _python_header() -> Path:
-    """What Triton's launchers include; a system's Python has it in a package, python3-dev."""
-    # Debian's default scheme names a folder that has no headers: Triton takes the other one too.
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
-
-
 def lacking(capability: tuple[int, int] | None) -> tuple[str, str]:
     """What Triton lacks for a GPU of ``capability``, or for its interpreter (None), and what mends
     that; else empty."""
@@ -64,7 +57,11 @@ def lacking(capability: tuple[int, int] | None) -> tuple[str, str]:
     if (compiler := next(filter(None, compilers), None)) is None:
         reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
         return reason, "apt install gcc, or set CC"
-    if not (header := _python_header()).is_file():
+    # A system's Python has headers in a package.  Debian's default scheme names a folder that has
+    # none: Triton takes the other one too.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    if not header.is_file():
         reason = f"Triton needs Python's headers to start kernels, and {header} is not there"
         return reason, f"apt install python3.{sys.version_info.minor}-dev"
     if problem := _compile_problem(compiler, header.parent):

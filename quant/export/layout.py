@@ -181,11 +181,6 @@ def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Par
     return parts
 
 
-def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> Json:
-    """The tensors of a file as the manifest holds them."""
-    return {name: part.describe() | {"checksum": checksums[name]} for name, part in parts.items()}
-
-
 def part_of(item: Json) -> Part:
     return Part(DTYPES[item["dtype"]], tuple(item["shape"]))
 

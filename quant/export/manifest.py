@@ -251,14 +251,6 @@ def _check_report(quantization: Quantization) -> None:
         require(is_worst, "worst_layer is no layer")
 
 
-def _check_tensors(of: str, tensors: Json, expected: dict[str, Part]) -> int:
-    """Returns the bytes of ``tensors``, which must be as ``expected``."""
-    for name, part in expected.items():
-        same = name in tensors and part == layout.part_of(tensors[name])
-        require(same, f"{name:.80} of {of} is not stored as the format prescribes")
-    return sum(part.nbytes for part in expected.values())
-
-
 def _check_resident(tensors: Json, manifest: Json) -> int:
     """Every weight must have the tensors, dtypes and shapes that its quantization prescribes:
     kernels trust them.  Returns their bytes."""
@@ -278,4 +270,7 @@ def _check_resident(tensors: Json, manifest: Json) -> int:
                 fits = part.dtype == layout.DTYPES["I32"]
             require(fits, f"{name:.80} has dtype {part.dtype}")
             expected |= layout.resident_parts(name, part.shape, "none", part.dtype)
-    return _check_tensors(RESIDENT, tensors, expected)
+    for name, part in expected.items():
+        same = name in tensors and part == layout.part_of(tensors[name])
+        require(same, f"{name:.80} of {RESIDENT} is not stored as the format prescribes")
+    return sum(part.nbytes for part in expected.values())

@@ -192,7 +192,9 @@ class ExportFile:
         entry |= {"header_checksum": layout.checksum(self._header), "checksum": whole}
         if record_bytes:
             return {**entry, "records": digests[len(spans) :]}, wrong
-        return {**entry, "tensors": layout.describe_tensors(self.parts, found)}, wrong
+        parts = self.parts.items()
+        tensors = {name: part.describe() | {"checksum": found[name]} for name, part in parts}
+        return {**entry, "tensors": tensors}, wrong
 
     def finish(self, record_bytes: int | None = None) -> Json:
         """The entry of ``check``.  Raises ``ExportError`` if anything is wrong: days may lie
