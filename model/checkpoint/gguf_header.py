@@ -5,6 +5,7 @@ count is compared with what the bounds leave before anything of that size is rea
 package's own reader trusts them, so it is not used.
 """
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from slotmoe import model
 from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import Json, inside
 
@@ -37,16 +39,8 @@ class GgmlType(NamedTuple):
     bytes: int
 
 
-_PLAIN = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
-_OF_32 = {2: ("Q4_0", 18), 3: ("Q4_1", 20), 6: ("Q5_0", 22), 7: ("Q5_1", 24), 8: ("Q8_0", 34)}
-_OF_32 |= {20: ("IQ4_NL", 18), 39: ("MXFP4", 17)}
-_OF_256 = {10: ("Q2_K", 84), 11: ("Q3_K", 110), 12: ("Q4_K", 144), 13: ("Q5_K", 176)}
-_OF_256 |= {14: ("Q6_K", 210), 23: ("IQ4_XS", 136)}
-GGML_TYPES = {
-    number: GgmlType(name, block, size)
-    for block, kinds in ((1, _PLAIN), (32, _OF_32), (256, _OF_256))
-    for number, (name, size) in kinds.items()
-}
+TABLES: Json = json.loads(Path(model.__file__).with_name("gguf.json").read_bytes())
+GGML_TYPES = {int(number): GgmlType(*row) for number, row in TABLES["types"].items()}
 """By ggml's number of the type.  Where a row is no multiple of 256, llama.cpp takes a type of 32 in
 place of the one that was asked for, so a Q4_K file of V2-Lite holds Q5_0 and Q8_0 too."""
 

@@ -19,17 +19,16 @@ from msgspec import Meta, Struct
 from slotmoe import model
 from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import Json, ReadFile, files_in, read_json, typed
-from slotmoe.model.checkpoint.gguf_header import GgufHeader, is_gguf, read_headers
+from slotmoe.model.checkpoint.gguf_header import TABLES, GgufHeader, is_gguf, read_headers
 from slotmoe.model.families import FAMILIES, Family
 from slotmoe.model.tiktoken import PATTERNS, splitting
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 _Real = Annotated[float, Meta(ge=0, le=1e30)]
 _One = Annotated[float, Meta(ge=1, le=1, description="1")]
-_TABLES: Json = json.loads(Path(model.__file__).with_name("gguf.json").read_bytes())
-"""``architectures``: llama.cpp's name -> ``model_type``; ``deepseek2`` with scores by sigmoid is
-``deepseek_v3``.  ``known``: keys that may be there.  The others: ``config.json``'s key -> that of
-the metadata, behind the architecture's name, or of an indexer behind that."""
+# ``TABLES`` have llama.cpp's name of an architecture -> ``model_type``, ``deepseek2`` with scores by
+# sigmoid being ``deepseek_v3``; keys that are ``known``, without another use; and ``config.json``'s
+# key -> that of the metadata, behind the architecture's name or that of its indexer.
 _OF_GATES = (
     ("first_k_dense_replace", "leading_dense_block_count", 0),
     ("n_shared_experts", "expert_shared_count", 0),
@@ -54,7 +53,7 @@ _YARN: dict[str, tuple[Any, ...]] = {
 """Settings of YaRN -> key behind ``rope.scaling``, type, and what a file without it means."""
 _HEADS = ("attention.key_length", "attention.value_length")
 _OF_YARN = {f"rope.scaling.{key}" for key, *_ in _YARN.values()}
-_KNOWN = {*_FIXED, *_HEADS, *_OF_YARN, *_TABLES["known"]}
+_KNOWN = {*_FIXED, *_HEADS, *_OF_YARN, *TABLES["known"]}
 # What some do besides: both of DeepSeek's split single digits behind the patterns.
 _DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2", "qwen35")
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -179,7 +178,7 @@ def files_of(path: Path) -> ReadFile:
 def metadata_files(headers: list[GgufHeader]) -> ReadFile:
     """The model's small files, see ``slotmoe.jsonfile``, made of the first part's metadata and the
     tensors of all.  Raises ``CheckpointError``, which names the key."""
-    architectures = [*_TABLES["architectures"]]
+    architectures = [*TABLES["architectures"]]
     try:
         if (found := headers[0].metadata.get("general.architecture")) not in architectures:
             known = ", ".join(map(repr, architectures))
@@ -206,14 +205,14 @@ def _config(headers: list[GgufHeader], tokenizer: GgufTokenizer) -> Json:
     for key, of in _FIXED.items():
         found.get(key, of, None)
     name, gating = header.metadata["general.architecture"], found.get(_GATING, _Count, 0)
-    kind = "deepseek_v3" if (name, gating) == ("deepseek2", 2) else _TABLES["architectures"][name]
+    kind = "deepseek_v3" if (name, gating) == ("deepseek2", 2) else TABLES["architectures"][name]
     family = FAMILIES[kind]
     if gating not in (0, *_GATINGS[family.scoring]):
         expected = f"expected {_GATINGS[family.scoring][0]} ({family.scoring})"
         raise ValueError(f"{found.named(_GATING)} is {gating}, {expected}")
     values: Json = {"architectures": [family.architecture], "model_type": kind}
     values |= {"hidden_act": "silu", "scoring_func": family.scoring}
-    values |= {key: found.get(name, _Count) for key, name in _TABLES["geometry"].items()}
+    values |= {key: found.get(name, _Count) for key, name in TABLES["geometry"].items()}
     values["num_nextn_predict_layers"] = heads = found.get("nextn_predict_layers", _Count, 0)
     values["num_hidden_layers"] -= heads
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.ends}
@@ -226,12 +225,12 @@ def _config(headers: list[GgufHeader], tokenizer: GgufTokenizer) -> Json:
     if family.attention == "grouped":
         values |= _grouped(found, values, family, tensors.keys())
     else:
-        values |= {key: found.get(name, _Count) for key, name in _TABLES["latents"].items()}
+        values |= {key: found.get(name, _Count) for key, name in TABLES["latents"].items()}
         values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
         values["num_key_value_heads"] = values["num_attention_heads"]
         values |= _heads(found, values) | _gate(found, values)
     if family.indexed:
-        behind = {key: f"attention.indexer.{name}" for key, name in _TABLES["indexers"].items()}
+        behind = {key: f"attention.indexer.{name}" for key, name in TABLES["indexers"].items()}
         values |= {key: found.get(name, _Count) for key, name in behind.items()}
         if own := found.get("attention.indexer.types", list[bool], None):
             values["indexer_types"] = [("shared", "full")[each] for each in own]
@@ -256,7 +255,7 @@ def _grouped(found: _Metadata, values: Json, family: Family, tensors: Container[
     more["norm_topk_prob"] = found.get("expert_weights_norm", bool, normed)
     if family.delta:
         found.get("ssm.conv_kernel", Literal[4])
-        more |= {key: found.get(name, _Count) for key, name in _TABLES["delta"].items()}
+        more |= {key: found.get(name, _Count) for key, name in TABLES["delta"].items()}
         width = found.get("ssm.inner_size", _Count) // max(1, more["linear_num_value_heads"])
         more["linear_value_head_dim"] = width
         more["full_attention_interval"] = found.get("full_attention_interval", _Count, 4)
@@ -293,7 +292,7 @@ def _gate(found: _Metadata, values: Json) -> Json:
     # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.
     for path in sorted((Path(model.__file__).parent / "geometries").glob("*.json")):
         geometry = read_json(path, 1 << 20, Json)
-        keys = ("model_type", *_TABLES["geometry"], *_TABLES["latents"], "q_lora_rank")
+        keys = ("model_type", *TABLES["geometry"], *TABLES["latents"], "q_lora_rank")
         if all(geometry.get(key) == values[key] for key in keys):
             return gate | {key: geometry[key] for key in _GROUPS}
     problem = "is missing, and this is no model whose groups of experts are known"

@@ -48,28 +48,12 @@ class KnownGpu:
         return memory.share_of(int((self.gibibytes - 0.9) * (1 << 30)))
 
 
+_GPUS: Json = json.loads(Path(__file__).with_name("gpus.json").read_bytes())
 GPUS = {
-    "rtx-5090": KnownGpu(32, 1792e9, 50e9, 209.5e12),
-    "rtx-5080": KnownGpu(16, 960e9, 50e9, 112.6e12),
-    "rtx-5070-ti": KnownGpu(16, 896e9, 50e9, 87.9e12),
-    "rtx-4090": KnownGpu(24, 1008e9, 25e9, 165.2e12),
-    "rtx-4080": KnownGpu(16, 717e9, 25e9, 97.5e12),
-    "rtx-4070": KnownGpu(12, 504e9, 25e9, 58.3e12),
-    "rtx-4060-ti": KnownGpu(16, 288e9, 12e9, 44.1e12),
-    "rtx-4060": KnownGpu(8, 272e9, 12e9, 30.2e12),
-    "rtx-3090": KnownGpu(24, 936e9, 25e9, 71.2e12),
-    "rtx-3080": KnownGpu(10, 760e9, 25e9, 59.5e12),
-    "rtx-3070": KnownGpu(8, 448e9, 25e9, 40.6e12),
-    "rtx-3060": KnownGpu(12, 360e9, 25e9, 25.5e12),
-    "rtx-a6000": KnownGpu(48, 768e9, 25e9, 154.8e12),
-    "l4": KnownGpu(24, 300e9, 25e9, 121e12),
-    "a100": KnownGpu(80, 2039e9, 25e9, 312e12),
-    "h100": KnownGpu(80, 3350e9, 50e9, 989e12),
+    name: KnownGpu(gibibytes, bandwidth * 1e9, pcie * 1e9, operations * 1e12)
+    for name, (gibibytes, bandwidth, pcie, operations) in _GPUS["known"].items()
 }
-# Too old for the kernels: their compute capabilities.
-OLDER = dict.fromkeys(("rtx-2080-ti", "rtx-2080", "rtx-2070", "rtx-2060", "gtx-1660", "t4"), "7.5")
-OLDER |= {"v100": "7.0", "gtx-1080-ti": "6.1", "gtx-1080": "6.1", "gtx-1070": "6.1"}
-OLDER |= {"gtx-1060": "6.1", "p40": "6.1", "p100": "6.0"}
+OLDER: dict[str, str] = _GPUS["older"]  # too old for the kernels: their compute capabilities
 
 
 def gpu_named(name: str) -> KnownGpu:
