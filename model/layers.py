@@ -39,12 +39,7 @@ def layer_of(weights: Mapping[str, Prepared], layer: int, window: int) -> Layer[
         weight = weights.get(layer_tensor(layer, part.name))
         if weight is not None:
             parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
-    attention: (
-        Mla[Prepared]
-        | border.Compressed[Prepared]
-        | border.Grouped[Prepared]
-        | border.Delta[Prepared]
-    ) | None
+    attention: object
     if "conv" in parts:
         attention = _filled(border.Delta, parts)
     elif "k_proj" in parts:

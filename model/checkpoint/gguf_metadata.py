@@ -26,9 +26,9 @@ from slotmoe.model.tiktoken import PATTERNS, splitting
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 _Real = Annotated[float, Meta(ge=0, le=1e30)]
 _One = Annotated[float, Meta(ge=1, le=1, description="1")]
-# ``TABLES`` have llama.cpp's name of an architecture -> ``model_type``, ``deepseek2`` with scores by
-# sigmoid being ``deepseek_v3``; keys that are ``known``, without another use; and ``config.json``'s
-# key -> that of the metadata, behind the architecture's name or that of its indexer.
+# ``TABLES`` have llama.cpp's name of an architecture -> ``model_type``, where ``deepseek2`` with
+# scores by sigmoid is ``deepseek_v3``; keys that are ``known``, without another use; and
+# ``config.json``'s key -> that of the metadata, behind the architecture's name or its indexer's.
 _OF_GATES = (
     ("first_k_dense_replace", "leading_dense_block_count", 0),
     ("n_shared_experts", "expert_shared_count", 0),

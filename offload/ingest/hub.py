@@ -76,16 +76,6 @@ class Portion(NamedTuple):
     prepare: Callable[[], Mapping[str, Hessian]] = dict
 
 
-def together(portions: Sequence[Portion]) -> list[set[str]]:
-    """Which files are on the disk at once: in each portion those that an earlier one has read and
-    this or a later one reads, and those of the next, which arrive."""
-    uses = _uses(portions)
-    return [
-        {file for file, (first, last) in uses.items() if first <= at + 1 and at <= last}
-        for at in range(len(portions))
-    ]
-
-
 def _uses(portions: Sequence[Portion]) -> dict[str, tuple[int, int]]:
     """The first and the last portion that reads a file."""
     uses: dict[str, tuple[int, int]] = {}
@@ -289,7 +279,10 @@ class Shards:
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
         sizes = {name: snapshot.files[name].size for name in coming}
         self._total = sum(sizes.values())
-        at_once = [sum(sizes.get(name, 0) for name in group) for group in together(portions)]
+        at_once = [0] * len(portions)  # on the disk, also those of the next portion, which arrive
+        for file, (first, last) in _uses(portions).items():
+            for at in range(max(0, first - 1), last + 1):
+                at_once[at] += sizes.get(file, 0)
         peak = max(at_once, default=0) if self._kept is None else self._total
         if files:
             kept = "" if self._kept is None else f" and the weight files in {self._kept}"
