@@ -186,7 +186,8 @@ class _KeysOfGroups(Struct):
     shared_expert_intermediate_size: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
 
 
-_READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4, _KeysOfGroups, DeltaConfig)
+_READ: list[type[Struct]] = [IndexerConfig, HyperConnections, CompressedConfig, DeltaConfig]
+_READ += _IndexerLayers, _KeysOfV4, _KeysOfHub, _KeysOfGroups
 KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
 
 
@@ -197,12 +198,12 @@ def parts_of_mla(values: Json, family: Family) -> Json:
     rope = _rope({"rope_theta": values.get("rope_theta", 10000.0), **given}, values, family)
     if not family.indexed:
         return {"rope": rope}
-    if values["q_lora_rank"] is None:
-        raise ValueError("q_lora_rank is null, but the indexer's queries are made of its latent")
     return {"rope": rope, "indexer": _indexer(values, _full_indexers(values), family.index_halves)}
 
 
 def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> IndexerConfig:
+    if values["q_lora_rank"] is None:
+        raise ValueError("q_lora_rank is null, but the indexer's queries are made of its latent")
     indexer = typed({**values, "index_full": full, "index_halves": halves}, IndexerConfig)
     if (width := indexer.head_dim) < (rotated := values["qk_rope_head_dim"]):
         raise ValueError(f"index_head_dim is {width}, expected at least qk_rope_head_dim {rotated}")
@@ -219,8 +220,6 @@ def parts_of_v4(values: Json, family: Family) -> Json:
         raise ValueError(f"compress_ratios {problem}")
     if (hashed := given.num_hash_layers) > layers:
         raise ValueError(f"num_hash_layers is {hashed}, but num_hidden_layers is {layers}")
-    if values["q_lora_rank"] is None:
-        raise ValueError("q_lora_rank is null, expected a number")
     settings = {**(given.rope_scaling or {}), "rope_theta": given.compress_rope_theta}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
     ratios = ratios[:layers]

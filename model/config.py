@@ -181,15 +181,11 @@ _Wrapper = TypedDict("_Wrapper", {"text_config": Json})
 _TokenIds = TypedDict("_TokenIds", {"bos_token_id": _Ends, "eos_token_id": _Ends}, total=False)
 # With these, the keys that don't change what the network computes or are read below.
 _KNOWN_KEYS = {*ConfigKeys.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_KEYS} | set(
-    """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
-    initializer_range model_type num_key_value_heads output_router_logits pad_token_id
-    pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling seq_aux
-    torch_dtype transformers_version use_cache _name_or_path architectures scoring_func topk_method
-    mlp_layer_types layer_types partial_rotary_factor num_mtp_layers
-    index_topk_freq index_topk_pattern index_skip_topk_offset
-    mtp_num_hidden_layers mtp_use_dedicated_embeddings
-    index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
-    compress_rates expert_dtype
+    """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id initializer_range
+    model_type output_router_logits pad_token_id pretraining_tp qk_head_dim quantization_config
+    seq_aux torch_dtype transformers_version use_cache _name_or_path architectures scoring_func
+    topk_method num_mtp_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings
+    index_share_for_mtp_iteration indexer_rope_interleave moe_router_dtype expert_dtype
     router_aux_loss_coef router_jitter_noise use_mtp num_mtp_modules mtp_transformer_layers
     experts_per_token initial_context_length""".split()
 )
