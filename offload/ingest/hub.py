@@ -281,8 +281,8 @@ class Shards:
         self._total = sum(sizes.values())
         at_once = [0] * len(portions)  # on the disk, also those of the next portion, which arrive
         for file, (first, last) in _uses(portions).items():
-            for at in range(max(0, first - 1), last + 1):
-                at_once[at] += sizes.get(file, 0)
+            for portion in range(max(0, first - 1), last + 1):
+                at_once[portion] += sizes.get(file, 0)
         peak = max(at_once, default=0) if self._kept is None else self._total
         if files:
             kept = "" if self._kept is None else f" and the weight files in {self._kept}"

@@ -44,6 +44,8 @@ from slotmoe.quant.kernels.cpu.bindings import (
     Store,
     address,
     int64s,
+    latent_rows,
+    layer_rows,
 )
 from slotmoe.quant.kernels.cpu.weights import (
     Absorbed,
@@ -346,17 +348,32 @@ class NativeBackend(TorchBackend):
         return latent_bytes(R, P), torch.uint8
 
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
-        self._native.store_latents(latent_TW.contiguous(), R, rows_TX)
+        """Latent and rope columns are each rotated by an orthogonal matrix and rounded to 8 bits
+        with one float32 scale (attention.h), NaN if one is not finite."""
+        assert len(rows_TX) == len(latent_TW)
+        P = latent_TW.shape[-1] - R
+        values = latent_TW.contiguous(), *latent_rows(rows_TX, R, P)
+        self._native.store_latents.results(*values, R=R, P=P)
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
-        return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
+        P, S = q_THW.shape[-1] - R, len(rows_SX)
+        assert len(q_THW) <= S
+        values = q_THW.contiguous(), *latent_rows(rows_SX, R, P), scale
+        return self._native.mla(*values, C=S, R=R, P=P)
 
     def attend(self, q_THW: Tensor, listed: ListedRows, R: int, scale: float) -> Tensor:
-        listed = listed._replace(lists_TL=listed.lists_TL.contiguous())
-        return self._native.attend(q_THW.contiguous(), listed, R, scale)
+        rows_SX, more_SX, lists_TL, sinks_H = listed
+        P, more_SX = q_THW.shape[-1] - R, rows_SX[:0] if more_SX is None else more_SX
+        values = q_THW.contiguous(), *latent_rows(rows_SX, R, P), *latent_rows(more_SX, R, P)
+        sizes = {"C": len(rows_SX), "D": len(more_SX), "R": R, "P": P}
+        return self._native.attend(*values, lists_TL.contiguous(), scale, sinks_H, **sizes)
 
     def grouped(self, q_THZ: Tensor, cached: GroupedRows, scale: float) -> Tensor:
-        return self._native.grouped(q_THZ.contiguous(), cached, scale)
+        rows_GSX, first, window, sinks_H = cached
+        (G, S, _), Z = rows_GSX.shape, q_THZ.shape[-1]
+        group, row, _ = layer_rows([rows_GSX], G, latent_bytes(Z, Z))
+        values = q_THZ.contiguous(), rows_GSX.data_ptr(), group, row, first, scale, window, sinks_H
+        return self._native.grouped(*values, G=G, S=S)
 
     def gated(self, x_TX: Tensor, gate_TX: Tensor) -> Tensor:
         return self._native.gated(x_TX.contiguous(), gate_TX)
@@ -377,7 +394,10 @@ class NativeBackend(TorchBackend):
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
-        return self._native.index(q_TJA.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T, k)
+        """Of equals the lower index comes first, and NaN is the lowest."""
+        rows = latent_rows(keys_SX, q_TJA.shape[-1], 0)
+        values = q_TJA.contiguous(), weights_TJ.contiguous(), *rows, counts_T
+        return self._native.index(*values, S=len(keys_SX), K=k)
 
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None

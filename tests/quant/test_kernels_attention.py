@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.border import GroupedRows, ListedRows
-from tests.support.kernels import latent_cache, one_of, quick, seeds, torch_of
+from tests.support.kernels import BACKEND, latent_cache, one_of, quick, seeds, torch_of
 
 
 def attention(q, rows, r, scale, sinks=None):
@@ -31,16 +31,16 @@ def steps(n):
 
 def test_mla_shows_nan(kernels):
     rows, q = np.random.default_rng(17).standard_normal((100, 72)), torch.randn(5, 72)
-    cache = latent_cache(kernels, rows, 64)
-    assert kernels.mla(q[None], cache, 100, 64, 0.1).isfinite().all()
+    cache = latent_cache(rows, 64)
+    assert BACKEND.mla(q[None], cache[:100], 64, 0.1).isfinite().all()
     for column, bad in ((3, np.nan), (70, np.inf)):
         damaged = rows.copy()
         damaged[70, column] = bad
-        cache = latent_cache(kernels, damaged, 64)
-        assert kernels.mla(q[None], cache, 100, 64, 0.1).isnan().all()
-        assert kernels.mla(q[None], cache, 70, 64, 0.1).isfinite().all()
+        cache = latent_cache(damaged, 64)
+        assert BACKEND.mla(q[None], cache[:100], 64, 0.1).isnan().all()
+        assert BACKEND.mla(q[None], cache[:70], 64, 0.1).isfinite().all()
     q[2, 70] = float("inf")
-    lost = kernels.mla(q[None], cache, 70, 64, 0.1)[0].isnan()
+    lost = BACKEND.mla(q[None], cache[:70], 64, 0.1)[0].isnan()
     assert lost[2].all()
     assert not lost[[0, 1, 3, 4]].any()
 
@@ -65,7 +65,7 @@ def test_attend(kernels, tokens, heads, longest, r, p, seed):
     rng, scale = np.random.default_rng(seed), 1 / math.sqrt(r + p)
     rows = rng.standard_normal((int(rng.integers(1, 300)), r + p))
     split = int(rng.integers(0, len(rows) + 1))
-    places = [latent_cache(kernels, part, r, 5) for part in np.split(rows, [split])]
+    places = [latent_cache(part, r, 5) for part in np.split(rows, [split])]
     lists, lengths = (
         rng.integers(0, len(rows), (tokens, longest)),
         rng.integers(0, longest + 1, tokens),
@@ -73,7 +73,7 @@ def test_attend(kernels, tokens, heads, longest, r, p, seed):
     lists[np.arange(longest) >= lengths[:, None]] = -1
     q, sinks = rng.standard_normal((tokens, heads, r + p)), rng.standard_normal(heads) * 3
     listed = ListedRows(*places, torch.from_numpy(lists.astype(np.int32)), torch_of(sinks))
-    got = kernels.attend(torch_of(q), listed, r, scale)
+    got = BACKEND.attend(torch_of(q), listed, r, scale)
     for token, length in enumerate(lengths):
         named = rows[lists[token, :length]]
         want = attention(q[token], named, r, scale, sinks)
@@ -96,10 +96,10 @@ def test_grouped(kernels, tokens, groups, heads, before, z, window, sunk, seed):
     if window:
         first = max(0, before + 1 - window)
     q, sinks = rng.standard_normal((tokens, groups * heads, z)), rng.standard_normal(groups * heads)
-    cache = latent_cache(kernels, rows[:, first:].reshape(-1, 2 * z), z, 5)
+    cache = latent_cache(rows[:, first:].reshape(-1, 2 * z), z, 5)
     places = cache.unflatten(0, (groups, -1)), first, window
     cached = GroupedRows(*places, torch_of(sinks) if sunk else None)
-    got = kernels.grouped(torch_of(q), cached, scale).numpy().reshape(tokens, groups, heads, z)
+    got = BACKEND.grouped(torch_of(q), cached, scale).numpy().reshape(tokens, groups, heads, z)
     padded = np.pad(q, ((0, 0), (0, 0), (z, 0))).reshape(tokens, groups, heads, 2 * z)
     for token, group in np.ndindex(tokens, groups):
         end = before + token + 1
@@ -112,34 +112,34 @@ def test_grouped(kernels, tokens, groups, heads, before, z, window, sunk, seed):
 
 def test_grouped_shows_nan_and_refuses(kernels):
     rows, q = np.random.default_rng(3).standard_normal((200, 64)), torch.randn(1, 6, 32)
-    whole = latent_cache(kernels, rows, 32).view(2, 100, -1)
-    assert kernels.grouped(q, GroupedRows(whole, 0), 0.1).isfinite().all()
+    whole = latent_cache(rows, 32).view(2, 100, -1)
+    assert BACKEND.grouped(q, GroupedRows(whole, 0), 0.1).isfinite().all()
     for column, bad in ((3, np.nan), (40, np.inf)):
         damaged = rows.copy()
         damaged[70, column] = bad
-        cache = latent_cache(kernels, damaged, 32).view(2, 100, -1)
-        lost = kernels.grouped(q, GroupedRows(cache, 0), 0.1)[0].isnan()
+        cache = latent_cache(damaged, 32).view(2, 100, -1)
+        lost = BACKEND.grouped(q, GroupedRows(cache, 0), 0.1)[0].isnan()
         assert lost[:3].all() and not lost[3:].any()
-        assert kernels.grouped(q, GroupedRows(cache, 0, 29), 0.1).isfinite().all()
+        assert BACKEND.grouped(q, GroupedRows(cache, 0, 29), 0.1).isfinite().all()
     for values in (
         *((q[:, :5], whole, 0, 0), (q, whole, 5, 0), (q, whole, -1, 9), (q, whole[:, :0], 0, 0)),
         *((q[..., :28], whole, 0, 0), (q.double(), whole, 0, 0), (q, whole[:, 50:], 50, 51)),
     ):
         queries, held, start, window = values
         with pytest.raises((ValueError, AssertionError)):
-            kernels.grouped(queries.contiguous(), GroupedRows(held, start, window), 0.1)
+            BACKEND.grouped(queries.contiguous(), GroupedRows(held, start, window), 0.1)
 
 
 @pytest.mark.parametrize(("r", "p"), [(64, 8), (512, 0), (30, 6)])
 def test_attend_to_all_rows_is_mla(kernels, r, p):
     rng = np.random.default_rng(5)
     rows, q = rng.standard_normal((1100, r + p)), torch_of(rng.standard_normal((3, 20, r + p)))
-    cache = latent_cache(kernels, rows, r)
+    cache = latent_cache(rows, r)
     lists = torch.arange(1100, dtype=torch.int32).repeat(3, 1)
     lists[0, 1098:], lists[1, 1099:] = -1, -1
-    want = kernels.mla(q, cache, 1100, r, 0.1)
+    want = BACKEND.mla(q, cache[:1100], r, 0.1)
     for places in ((cache, None), (cache[:70], cache[70:])):
-        assert torch.equal(kernels.attend(q, ListedRows(*places, lists), r, 0.1), want)
+        assert torch.equal(BACKEND.attend(q, ListedRows(*places, lists), r, 0.1), want)
 
 
 def chosen(scores, k):
@@ -160,33 +160,34 @@ def test_index_chooses_exactly(kernels, k, nans, falling, seed):
     keys[rng.permutation(3000)[:nans]] = np.nan
     scores = np.maximum(sizes, 0) * weights[0, 0].item()
     scores[np.isnan(keys[:, 0])] = -np.inf
-    counts, cache = torch.tensor([3000, 1234]).int(), latent_cache(kernels, keys, 32)
-    got = kernels.index(q, weights, cache, counts, k).numpy()
+    counts, cache = torch.tensor([3000, 1234]).int(), latent_cache(keys, 32)
+    got = BACKEND.index(q, weights, cache, counts, k).numpy()
     assert (got[0] == chosen(scores, k)).all()
     assert (got[1] == chosen(scores[:1234], k)).all()
 
 
 def test_lists_and_keys_of_another_shape_or_type_are_refused(kernels):
-    cache, q = latent_cache(kernels, np.ones((4, 8)), 8), torch.ones(1, 2, 8)
+    cache, q = latent_cache(np.ones((4, 8)), 8), torch.ones(1, 2, 8)
     listed = ListedRows(cache, cache[:2], torch.tensor([[0, 5, -1]], dtype=torch.int32))
-    keys = {"q": q, "weights": torch.ones(1, 2), "keys": cache, "k": 2}
-    keys["counts"] = torch.tensor([4], dtype=torch.int32)
+    counts = torch.tensor([4], dtype=torch.int32)
+    keys = {"q_TJA": q, "weights_TJ": torch.ones(1, 2), "keys_SX": cache}
+    keys |= {"counts_T": counts, "k": 2}
     bad = {
         "lists_TL": [listed.lists_TL + 1, listed.lists_TL.long(), listed.lists_TL[0]],
         "more_SX": [None, cache[:, :9], cache.float(), cache[:1]],
         "rows_SX": [cache[:3], cache[:, 1:]],
         "sinks_H": [torch.ones(3), torch.ones(2).double()],
-        "q": [torch.ones(1, 2, 9), torch.ones(1, 3, 8)],
-        "weights": [torch.ones(2, 2), torch.ones(1, 2).double()],
-        "keys": [cache[:, 1:], cache.float()],
-        "counts": [keys["counts"] + 1, keys["counts"] - 5, keys["counts"].long()],
+        "q_TJA": [torch.ones(1, 2, 9), torch.ones(1, 3, 8)],
+        "weights_TJ": [torch.ones(2, 2), torch.ones(1, 2).double()],
+        "keys_SX": [cache[:, 1:], cache.float()],
+        "counts_T": [counts + 1, counts - 5, counts.long()],
         "k": [0],
     }
 
     def run(name="k", value=2):
-        kernels.index(**keys | ({name: value} if name in keys else {}))
+        BACKEND.index(**keys | ({name: value} if name in keys else {}))
         if name not in keys:
-            kernels.attend(q, listed._replace(**{name: value}), 8, 1.0)
+            BACKEND.attend(q, listed._replace(**{name: value}), 8, 1.0)
 
     run()
     run("rows_SX", cache)

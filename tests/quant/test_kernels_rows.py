@@ -14,6 +14,7 @@ from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
 from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix, bind_router
 from tests.support.codes import random_codes
 from tests.support.kernels import (
+    BACKEND,
     CLAMPED,
     CODECS,
     any_matrix,
@@ -102,13 +103,13 @@ def attention(kernels, rng, t):
     """Over the cache, over lists, by groups, and the choice of an indexer; whatever stands behind a
     list."""
     rows_SW = rng.standard_normal((280 + t, 72))
-    cache, keys = latent_cache(kernels, rows_SW, 64), latent_cache(kernels, rows_SW[:, :64], 64)
+    cache, keys = latent_cache(rows_SW, 64), latent_cache(rows_SW[:, :64], 64)
     q, weights = torch_of(rng.standard_normal((t, 17, 72))), torch_of(rng.standard_normal((t, 17)))
     lists, counts = rng.integers(0, len(rows_SW), (t, 300)), rng.integers(0, len(rows_SW), t)
     lists[np.arange(300) >= rng.integers(0, 301, t)[:, None]] = -1
     lists, counts = torch.from_numpy(lists).int(), torch.from_numpy(counts).int()
     sinks, q_index = torch_of(rng.standard_normal(17)), q[..., :64].contiguous()
-    pairs = latent_cache(kernels, rng.standard_normal((17 * (280 + t), 144)), 72, 8)
+    pairs = latent_cache(rng.standard_normal((17 * (280 + t), 144)), 72, 8)
     pairs = pairs.unflatten(0, (17, -1))
 
     def run(rows):
@@ -116,11 +117,11 @@ def attention(kernels, rng, t):
         one = GroupedRows(pairs[:1, : 280 + rows.stop], 0, 0, sinks)
         many = GroupedRows(pairs[:, 180 : 280 + rows.stop], 180, 100)
         return [
-            kernels.mla(q[rows], cache, 280 + rows.stop, 64, 0.1),
-            kernels.attend(q[rows], listed, 64, 0.1),
-            kernels.grouped(q[rows], one, 0.1),
-            kernels.grouped(q[rows], many, 0.1),
-            kernels.index(q_index[rows], weights[rows], keys, counts[rows], 100),
+            BACKEND.mla(q[rows], cache[: 280 + rows.stop], 64, 0.1),
+            BACKEND.attend(q[rows], listed, 64, 0.1),
+            BACKEND.grouped(q[rows], one, 0.1),
+            BACKEND.grouped(q[rows], many, 0.1),
+            BACKEND.index(q_index[rows], weights[rows], keys, counts[rows], 100),
         ]
 
     return run
@@ -150,7 +151,7 @@ def streams(kernels, rng, t):
 
 def stored(kernels, rng, t):
     latents = rng.standard_normal((t, 40))
-    return lambda rows: [latent_cache(kernels, latents[rows], 32)]
+    return lambda rows: [latent_cache(latents[rows], 32)]
 
 
 LINEARS = {f"linear {kind}": linear(kind, 90, 200) for kind in ("int8", *CODECS)}

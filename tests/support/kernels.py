@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from slotmoe.quant.backends.base import new
+from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu import bindings as qk
@@ -20,6 +21,7 @@ from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 from tests.support.codes import random_codes
 
 native = qk.load()
+BACKEND = native and NativeBackend(native)
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built")
 ISAS = native.isas if native else ()
 TWO_DIGITS = tuple(isa for isa in ISAS if isa.startswith("amx"))  # activations have everywhere
@@ -96,11 +98,11 @@ def slab_of(records):
     return slab
 
 
-def latent_cache(kernels, rows, r, extra=0):
+def latent_cache(rows, r, extra=0):
     """Rows [S, R + P] as the kernels keep them, ``extra`` bytes apart, the last as long as any."""
     size = latent_bytes(r, rows.shape[1] - r)
     cache = torch.full((len(rows), size + extra), 0xFF, dtype=torch.uint8)[:, :size]
-    kernels.store_latents(torch_of(rows), r, cache)
+    BACKEND.store_latents(torch_of(rows), r, cache)
     return cache
 
 

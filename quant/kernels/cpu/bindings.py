@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slotmoe.border import GroupedRows, ListedRows
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import Int8Weight
@@ -140,49 +139,6 @@ class Kernels:
         """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], by G groups of rows."""
         y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
         return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
-
-    def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
-        """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
-        P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
-        and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
-        assert len(cache) == len(latent)
-        p = latent.shape[-1] - r
-        self._functions["store_latents"].results(latent, *latent_rows(cache, r, p), R=r, P=p)
-
-    def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
-        """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
-        A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
-        rows^T) rows[:, :R].  Rows past `context` are not read.  A token gives these bits alone."""
-        assert len(q) <= context <= len(cache)
-        p = q.shape[-1] - latent
-        values = q, *latent_rows(cache, latent, p), scale
-        return self._functions["mla"](*values, C=context, R=latent, P=p)
-
-    def attend(self, q: Tensor, listed: ListedRows, latent: int, scale: float) -> Tensor:
-        """As `mla`, but each token attends to the rows that its list names."""
-        rows, others, lists, sinks = listed
-        p, others = q.shape[-1] - latent, rows[:0] if others is None else others
-        values = q, *latent_rows(rows, latent, p), *latent_rows(others, latent, p)
-        sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
-        return self._functions["attend"](*values, lists, scale, sinks, **sizes)
-
-    def grouped(self, q: Tensor, cached: GroupedRows, scale: float) -> Tensor:
-        """Attention by groups: q float32 [T, A, Z] of the last T positions -> float32 [T, A, Z], A
-        / G heads over each group's rows of values and keys, [G, S, latent_bytes(Z, Z)] of
-        `store_latents`.  A token sees those up to its own."""
-        rows, first, window, sinks = cached
-        G, S, _ = rows.shape
-        group, row, _ = layer_rows([rows], G, latent_bytes(q.shape[-1], q.shape[-1]))
-        values = q, rows.data_ptr(), group, row, first, scale, window, sinks
-        return self._functions["grouped"](*values, G=G, S=S)
-
-    def index(self, q: Tensor, weights: Tensor, keys: Tensor, counts: Tensor, k: int) -> Tensor:
-        """The lightning indexer: of the first counts[t] keys, int32 [T], those k that score best,
-        ascending, then -1: int32 [T, k].  A score is the sum over the heads of weights[t] float32
-        [T, A] times relu(q[t] float32 [T, A, R] . key); of equals the lower index comes first, and
-        NaN is the lowest.  `keys` are rows of `store_latents` with P = 0."""
-        values = q, weights, *latent_rows(keys, q.shape[-1], 0), counts
-        return self._functions["index"](*values, S=len(keys), K=k)
 
     def decode(self, *arguments: object) -> list[float]:
         """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
