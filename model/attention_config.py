@@ -145,6 +145,10 @@ class _IndexerLayers(Struct):
 
 _Part = TypedDict("_Part", {"partial_rotary_factor": _Share | None}, total=False)
 _MainRope = TypedDict("_MainRope", {"rope_type": Literal["default"], "rope_theta": Positive})
+_Rates = TypedDict(
+    "_Rates",
+    {"compressed_sparse_attention": Literal[4], "heavily_compressed_attention": Literal[128]},
+)
 _Ropes = TypedDict("_Ropes", {"main": _MainRope, "compress": Json})
 
 
@@ -156,7 +160,7 @@ class _KeysOfHub(Struct):
     qk_rope_head_dim: _Width | None = None
     partial_rotary_factor: _Share | None = None
     layer_types: list[_LayerType] | None = None
-    compress_rates: dict[str, int] | None = None
+    compress_rates: _Rates | None = None
     mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
     rope_parameters: _Ropes | None = None
 
@@ -281,11 +285,8 @@ def in_hub_words(given: Json, _family: Family) -> Json:
     hub, values = typed(given, _KeysOfHub), dict(given)
     layers, width, rotated = hub.num_hidden_layers, hub.head_dim, hub.qk_rope_head_dim
     if (types := hub.layer_types) is not None:
-        rates = hub.compress_rates or {}
-        for name, ratio in _RATIOS.items():
-            if ratio and rates.get(name) != ratio:
-                found = f"is {rates[name]}, which is not {ratio}" if name in rates else "is missing"
-                raise ValueError(f"compress_rates.{name} {found}")
+        if hub.compress_rates is None:
+            raise ValueError("compress_rates is missing")
         if len(types) != layers:
             raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
         _set(values, "compress_ratios", [_RATIOS[name] for name in types])

@@ -171,19 +171,15 @@ class Network:
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
-        """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
-        x_TD = self.backend.rms_norm(self.collapse(h_TD), self.norm, self.config.rms_norm_eps)
+        """Logits, float32 [T, vocab], from rows of the residual stream after the last layer, or of
+        several."""
+        if self._mixing is not None and self._geometry.hyper is not None:
+            h_TD = self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
+        x_TD = self.backend.rms_norm(h_TD, self.norm, self.config.rms_norm_eps)
         logits_TV = self.backend.linear(x_TD, self.lm_head)
         if self.timer is not None:
             self.timer.mark("head")
         return logits_TV
-
-    @torch.inference_mode()
-    def collapse(self, h_TD: Tensor) -> Tensor:
-        """The residual stream, float32 [T, D], or what the head makes of several."""
-        if self._mixing is None or self._geometry.hyper is None:
-            return h_TD
-        return self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
 
     def head_each(self, h_TD: Tensor) -> Tensor:
         """``head``, each row bitwise what it gives alone.  A tied head is row-major, and torch's
