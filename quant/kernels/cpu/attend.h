@@ -20,12 +20,12 @@ inline int64_t first_level_bytes() {
 #endif
 }
 
-// What a query over `context` rows needs; the split into spans follows from the context alone.
-inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p,
-                   float scale) {
+// What a query q [heads, r + p] over `context` rows needs; the split into spans follows from the context alone.
+inline Mla mla_for(const float* q, float* out, const uint8_t* cache, int64_t heads, int64_t context, int64_t stride,
+                   int64_t r, int64_t p, float scale) {
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.split = INT64_MAX;
+    m.q = q, m.out = out, m.split = INT64_MAX;
     m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
     m.near = kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
@@ -35,21 +35,15 @@ inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t
 
 // The same of a group's heads, over keys that are apart from the values: those of the last `window` positions, or all
 // if that is 0, up to `position`, whose row is given.
-inline Mla mla_for_group(const uint8_t* row, int64_t heads, int64_t position, int64_t window, int64_t stride, int64_t z,
-                         float scale) {
+inline Mla mla_for_group(const float* q, float* out, const uint8_t* row, int64_t heads, int64_t position,
+                         int64_t window, int64_t stride, int64_t z, float scale) {
     const int64_t context = window && window < position + 1 ? window : position + 1;
-    Mla m = mla_for(row - (context - 1) * stride, heads, context, stride, z, z, scale);
+    Mla m = mla_for(q, out, row - (context - 1) * stride, heads, context, stride, z, z, scale);
     m.apart = true;
     return m;
 }
 
 inline int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
-
-// Spans begin..end.
-inline void mla_spans(const Isa& isa, const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
-    const int64_t chunks = up_to(m.context, kChunkRows), last = end * m.span_chunks;
-    isa.mla_chunks(&m, 1, begin * m.span_chunks, last < chunks ? last : chunks, scratch);
-}
 
 // Bytes that a query needs while it is computed, wherever in the context: base, if given, is where m finds them.
 inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
@@ -85,9 +79,10 @@ inline void attend_by_spans(Job& job, const Isa& isa, const Mla* mlas, int64_t c
     job.each(count * tiles, [&](int, int64_t i) { isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1); });
     job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t i = 0, first = 0; i < count && first < end; i++) {
-            const int64_t own = mla_span_count(mlas[i]);
-            const int64_t from = begin > first ? begin - first : 0, to = end - first < own ? end - first : own;
-            if (from < to) mla_spans(isa, mlas[i], from, to, scratch + thread * thread_bytes);
+            const int64_t own = mla_span_count(mlas[i]), each = mlas[i].span_chunks;
+            const int64_t from = begin > first ? begin - first : 0;
+            const int64_t to = end - first < own ? (end - first) * each : up_to(mlas[i].context, kChunkRows);
+            if (from * each < to) isa.mla_chunks(&mlas[i], 1, from * each, to, scratch + thread * thread_bytes);
             first += own;
         }
     });

@@ -14,9 +14,8 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
     if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         attend(job, isa, t, t == 1, [&](int64_t token) {
-            Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
-            m.q = q + token * heads * (r + p), m.out = out + token * heads * r;
-            return m;
+            return mla_for(q + token * heads * (r + p), out + token * heads * r, cache, heads, context - t + token + 1,
+                           stride, r, p, scale);
         });
     });
 }
@@ -37,8 +36,8 @@ EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_
             const int32_t* list = lists + token * n;
             int64_t context = 0;
             while (context < n && list[context] >= 0) context++;
-            Mla m = mla_for(cache, heads, context, stride, r, p, scale);
-            m.q = q + token * heads * (r + p), m.out = out + token * heads * r;
+            Mla m = mla_for(q + token * heads * (r + p), out + token * heads * r, cache, heads, context, stride, r, p,
+                            scale);
             m.list = list, m.split = count, m.others = others, m.others_stride = others_stride, m.sinks = sinks;
             return m;
         });
@@ -130,9 +129,7 @@ EXPORT int slotmoe_index(const float* q, const float* weights, int64_t t, int64_
     }
     return guarded([&](Job& job, const Isa& isa) {
         choose_rows(job, isa, t, [&](int64_t token) {
-            Mla m = mla_for(keys, heads, counts[token], stride, r, 0, 1.0f);
-            m.q = q + token * heads * r;
-            return m;
+            return mla_for(q + token * heads * r, nullptr, keys, heads, counts[token], stride, r, 0, 1.0f);
         }, weights, k, out);
     });
 }
@@ -154,9 +151,7 @@ void slotmoe::choose(Job& job, const Isa& isa, const Indexer& indexer, int64_t t
         weights[i] *= indexer.scale;
     });
     choose_rows(job, isa, t, [&](int64_t token) {
-        Mla m = mla_for(keys[token], heads, counts[token], bytes, width, 0, 1.0f);
-        m.q = q + token * heads * width;
-        return m;
+        return mla_for(q + token * heads * width, nullptr, keys[token], heads, counts[token], bytes, width, 0, 1.0f);
     }, weights, indexer.topk, lists);
 }
 
@@ -302,9 +297,9 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
     for (int64_t token = 0; token < t; token++) {
         const bool chosen = a.topk && positions[token] + 1 > a.topk;
         const int64_t context = chosen ? a.topk : positions[token] + 1;
-        mlas[token] = mla_for(tokens.rows.at(token, layer, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
+        mlas[token] = mla_for(q_full + token * heads * width, latent_out + token * heads * r,
+                              tokens.rows.at(token, layer, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
         if (chosen) mlas[token].list = tokens.lists + token * a.topk;
-        mlas[token].q = q_full + token * heads * width, mlas[token].out = latent_out + token * heads * r;
     }
     give_buffers(job, mlas, t);
     float* values = job.scratch<float>(kValues, t * heads * v);

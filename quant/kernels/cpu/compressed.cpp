@@ -132,8 +132,9 @@ void compressed_attention(Job& job, const Isa& isa, const Compressed& a, int64_t
         for (int64_t i = 0; i < seen; i++) list[i] = int32_t(position + 1 - seen - first + i);
         const int32_t behind = int32_t(position + 1 - first);
         for (int64_t i = 0; i < others; i++) list[seen + i] = behind + (some ? chosen[token * topk + i] : int32_t(i));
-        Mla m = mla_for(tokens.rows.at(token, layer, first), heads, seen + others, tokens.rows.row_bytes, z, 0, a.scale);
-        m.q = q + token * heads * z, m.out = out + token * heads * z, m.list = list, m.split = behind, m.sinks = a.sinks;
+        Mla m = mla_for(q + token * heads * z, out + token * heads * z, tokens.rows.at(token, layer, first), heads,
+                        seen + others, tokens.rows.row_bytes, z, 0, a.scale);
+        m.list = list, m.split = behind, m.sinks = a.sinks;
         if (others) {
             const Store& rows = tokens.groups[a.compressor->group].rows;
             m.others = rows.at(token, a.compressor->layer, 0), m.others_stride = rows.row_bytes;

@@ -20,9 +20,9 @@ EXPORT int slotmoe_grouped(const float* q, int64_t t, int64_t heads, const uint8
         attend(job, isa, t * groups, t == 1, [&](int64_t i) {
             const int64_t group = i / t, row = rows - t + i % t, of_group = heads / groups;
             const int64_t head = i % t * heads + group * of_group;
-            Mla m = mla_for_group(cache + group * group_bytes + row * stride, of_group, first + row, window, stride, z,
-                                  scale);
-            m.q = q + head * z, m.out = out + head * z, m.sinks = sinks ? sinks + group * of_group : nullptr;
+            Mla m = mla_for_group(q + head * z, out + head * z, cache + group * group_bytes + row * stride, of_group,
+                                  first + row, window, stride, z, scale);
+            m.sinks = sinks ? sinks + group * of_group : nullptr;
             return m;
         });
     });
@@ -60,8 +60,8 @@ void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t 
     Mla* mlas = job.scratch<Mla>(kMlas, count);
     const auto row_of = [&](int64_t i) { return store.at(i / groups, a.row + i % groups, positions[i / groups]); };
     for (int64_t i = 0; i < count; i++) {
-        mlas[i] = mla_for_group(row_of(i), each, positions[i / groups], a.window, store.row_bytes, z, a.scale);
-        mlas[i].q = q + i * each * z, mlas[i].out = attended + i * each * z;
+        mlas[i] = mla_for_group(q + i * each * z, attended + i * each * z, row_of(i), each, positions[i / groups],
+                                a.window, store.row_bytes, z, a.scale);
         if (a.sinks) mlas[i].sinks = a.sinks + i % groups * each;
     }
     give_buffers(job, mlas, count);
