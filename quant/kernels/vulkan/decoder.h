@@ -12,7 +12,7 @@ constexpr int64_t kRows = 8;  // tokens of a step at most, `ROWS` of the shaders
 
 // The structures of the C ABI are of 64-bit fields.  Addresses are the device's, 0 for what is not there.
 struct Matrix {
-    int64_t kind, n, k;  // `Kind` of quant/kernels/cpu/isa.h without kFine; int8 is row-major here
+    int64_t kind, n, k;  // `Kind` of quant/kernels/cpu/isa.h; int8 is row-major here
     uint64_t data, scale, levels;
 };
 
