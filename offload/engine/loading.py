@@ -33,7 +33,7 @@ from slotmoe.offload.model_source import Place, generation_of, load_resident, op
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.advice import precision_of
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan
-from slotmoe.offload.plan.speed import MODES, Setting, Split, cpu_cost, stored_bandwidths
+from slotmoe.offload.plan.speed import MODES, Setting, Split, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.passes import DRAFTS
@@ -429,8 +429,7 @@ class _Loader:
                     rates = with_link(rates, *given, codecs=export.layout.codecs)
                 assert self._sizes is not None
                 on = config, self._sizes, plan, rates, cpu.threads, export.random_weights
-                misses = Setting(*on).with_mode(options.misses).misses
-                split = Split(misses, cpu_cost(rates))
+                split = Setting(*on).with_mode(options.misses).split
             in_ram = Records(store.slab.tensor.view(-1, size), export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

@@ -21,7 +21,7 @@ from slotmoe.sizes import format_size
 PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some logits depend on it
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
-PAGE, PAGE_ENTRY = 4096, 8  # bytes of a page of locked RAM, and of its entry in the GPU's tables
+PAGED = 4096 // 8  # bytes of locked RAM to one of the GPU's page tables; no page is a large one
 MARKED_TOKENS = 1024  # between two copies of the states of delta rules
 DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
@@ -373,8 +373,8 @@ def make_plan(
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
     in_ram = min(max(0, (host_budget or 0) - runtime) // record, everything)
-    tables = 0 if host_budget is None else _page_tables((in_ram + 5 * max(top_k, LENT)) * record)
-    room = budget - sum(components.values()) - scratch - tables
+    locked = 0 if host_budget is None else (in_ram + 5 * max(top_k, LENT)) * record
+    room = budget - sum(components.values()) - scratch - locked // PAGED
     is_scarce = min(room // record, slots or everything) < everything
     drafted, sums = _drafted(config, kernels, is_scarce) if drafts else (0, 0)
     room, chunk = room - sums, PREFILL_CHUNK
@@ -410,14 +410,9 @@ def _above(plan: Plan, runtime: int, budget: int, everything: int, top_k: int) -
     room = (budget - runtime) // record - lent if plan.slots < everything else 0
     kept = max(0, min(room, everything))
     host = {"runtime": runtime, "expert slots": kept * record, "read buffers": lent * record}
-    components = plan.components | {"page tables": _page_tables((kept + lent) * record)}
+    components = plan.components | {"page tables": (kept + lent) * record // PAGED}
     plan = replace(plan, components=components, host=host, host_budget=budget)
     return replace(plan, host_slots=kept, host_staging=lent)
-
-
-def _page_tables(size: int) -> int:
-    """Bytes that so many of locked RAM take of a GPU's memory, where no page is a large one."""
-    return size // PAGE * PAGE_ENTRY
 
 
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:

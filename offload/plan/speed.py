@@ -294,15 +294,18 @@ class Setting:
         """Of a token's layer with so many experts in no slot: the slower of what is copied and what
         the CPU computes; both read RAM, which gives no more than it has."""
         rates, record = self.bandwidths, self.sizes.record_bytes
-        computed = 0
-        if self.misses != "fetch":
-            split = Split(self.misses, cpu_cost(rates))
-            computed = split.for_cpu(1, [1] * missing, missing)
+        each = [1] * missing
+        computed = 0 if self.misses == "fetch" else self.split.for_cpu(1, each, missing)
         link = rates.pcie_busy if computed else rates.pcie
         experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
         on_cpu = CPU_START_SECONDS + computed * record / experts if computed else 0.0
         read = missing * record / rates.share / rates.ram
         return max((missing - computed) * record / link, on_cpu, read)
+
+    @property
+    def split(self) -> "Split":
+        """How missing experts are divided."""
+        return Split(self.misses, self.bandwidths.pcie_busy / self.bandwidths.beside_gpu())
 
     def with_mode(self, wanted: str) -> "Setting":
         """With the way to compute what is missing that was ``wanted``, for ``auto`` with what is
@@ -391,27 +394,10 @@ def row_products(config: Config) -> int:
     return 2 * config.kv_lora_rank + rotated
 
 
-def cpu_cost(bandwidths: Bandwidths) -> float:
-    """How many records are copied to the GPU while the CPU computes one for a token."""
-    return bandwidths.pcie_busy / bandwidths.beside_gpu()
-
-
-def for_cpu(tokens: Sequence[int], cost: float) -> int:
-    """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many
-    tokens want each, the fewest first.  The others are fetched.  ``cost`` is a ``cpu_cost``."""
-    best, spent, least = 0, 0.0, float(len(tokens))
-    for count, wanted in enumerate(tokens, 1):
-        spent += cost * max(1.0, wanted / BOUND_TOKENS)
-        both = max(spent, len(tokens) - count)
-        if both < least:
-            best, least = count, both
-    return best
-
-
 @dataclass(frozen=True)
 class Split:
-    """How missing experts are divided: ``mode`` is ``fetch``, ``cpu`` or ``hybrid``, ``cost`` a
-    ``cpu_cost``."""
+    """How missing experts are divided: ``mode`` is ``fetch``, ``cpu`` or ``hybrid``, ``cost`` how
+    many records are copied to the GPU while the CPU computes one for a token."""
 
     mode: str = "fetch"
     cost: float = 1.0
@@ -419,10 +405,15 @@ class Split:
     def for_cpu(self, tokens: int, uses: Sequence[int], missing: int) -> int:
         """How many of a layer's absent experts the CPU computes, the first of ``uses``: how many of
         the pass's ``tokens`` use each, the fewest first.  ``missing`` counts what is coming too."""
-        if tokens > 1:
-            return for_cpu(uses, self.cost)
-        if self.mode == "cpu":
+        if tokens == 1 and self.mode == "cpu":
             return len(uses)
-        if missing < 2:
+        if tokens == 1 and missing < 2:
             return 0  # its copy is there before the CPU has begun
-        return min(len(uses), for_cpu([1] * missing, self.cost))
+        absent = uses if tokens > 1 else [1] * missing
+        best, spent, least = 0, 0.0, float(len(absent))
+        for count, wanted in enumerate(absent, 1):
+            spent += self.cost * max(1.0, wanted / BOUND_TOKENS)
+            both = max(spent, len(absent) - count)
+            if both < least:
+                best, least = count, both
+        return min(len(uses), best)
