@@ -239,7 +239,7 @@ class Passes:
 
     def _run(self, rows: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
-        model = self._model
+        model, network = self._model, self._model.network
         ids = [row.ids + row.draft for row in rows]
         counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
         ids_T = model.device.upload(torch.tensor(tokens))
@@ -251,9 +251,15 @@ class Passes:
             if ahead is not None:
                 ahead.read_tables(tokens)
                 if guesses:
-                    ahead.guess_token(model.backend.embed(ids_T, model.network.embed_tokens))
-            hidden_TD = model.network.forward(ids_T, [row.sequence.state for row in rows], counts)
-            return hidden_TD, self._wanted_logits(rows, hidden_TD.split(counts))
+                    ahead.guess_token(model.backend.embed(ids_T, network.embed_tokens))
+            hidden_TD = network.forward(ids_T, [row.sequence.state for row in rows], counts)
+            parts = zip(rows, hidden_TD.split(counts), strict=True)
+            wanted = [hidden_RD[len(row.ids) - 1 :] for row, hidden_RD in parts if row.wanted]
+            if not wanted:
+                return hidden_TD, None
+            wanted_RD = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
+            head = network.head if len(wanted_RD) == 1 else network.head_each
+            return hidden_TD, head(wanted_RD)
 
         hidden_TD, logits_RV = self.compute(step)
         wanted_RV, at = _NONE if logits_RV is None else model.device.download(logits_RV).get(), 0
@@ -266,16 +272,3 @@ class Passes:
                 at += 1 + len(row.draft)
         for row, before_RD in read:  # with all sequences as long as their states
             row.sequence.read(before_RD, row.hidden_TD)
-
-    def _wanted_logits(self, rows: Sequenced[Row], hidden: Sequenced[Tensor]) -> Tensor | None:
-        """Logits of the last id and the draft of each row that wants them, on the device."""
-        wanted = [
-            hidden_RD[len(row.ids) - 1 :]
-            for row, hidden_RD in zip(rows, hidden, strict=True)
-            if row.wanted
-        ]
-        if not wanted:
-            return None
-        wanted_RD = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
-        network = self._model.network
-        return network.head(wanted_RD) if len(wanted_RD) == 1 else network.head_each(wanted_RD)
