@@ -152,11 +152,9 @@ def lists(
         counts_T = (picked_TL >= 0).sum(dim=1, dtype=torch.int32)
     total_T = seen_T if counts_T is None else seen_T + counts_T
     places_L = torch.arange(int(total_T.max()), dtype=torch.int32, device=device)
-    lists_TL = places_L + (positions_T + 1 - seen_T - held.start)[:, None]
-    behind_TL = places_L - seen_T[:, None]
+    window_TL = places_L + (positions_T + 1 - seen_T - held.start)[:, None]
+    behind_TL = chosen_TL = places_L - seen_T[:, None]
     if picked_TL is not None:
         chosen_TL = picked_TL.gather(1, behind_TL.clamp(0, picked_TL.shape[1] - 1).long())
-        lists_TL = torch.where(behind_TL < 0, lists_TL, chosen_TL + len(held))
-    elif counts_T is not None:
-        lists_TL = torch.where(behind_TL < 0, lists_TL, behind_TL + len(held))
+    lists_TL = torch.where(behind_TL < 0, window_TL, chosen_TL + len(held))
     return lists_TL.masked_fill(places_L >= total_T[:, None], -1)
