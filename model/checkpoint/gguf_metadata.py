@@ -28,15 +28,8 @@ _Real = Annotated[float, Meta(ge=0, le=1e30)]
 _One = Annotated[float, Meta(ge=1, le=1, description="1")]
 # ``TABLES`` have llama.cpp's name of an architecture -> ``model_type``, where ``deepseek2`` with
 # scores by sigmoid is ``deepseek_v3``; keys that are ``known``, without another use; and
-# ``config.json``'s key -> that of the metadata, behind the architecture's name or its indexer's.
-_OF_GATES = (
-    ("first_k_dense_replace", "leading_dense_block_count", 0),
-    ("n_shared_experts", "expert_shared_count", 0),
-    ("routed_scaling_factor", "expert_weights_scale", 1.0),
-    ("n_group", "expert_group_count", 1),
-    ("topk_group", "expert_group_used_count", 1),
-)
-"""The same of grouped queries' models, and what a file without it means."""
+# ``config.json``'s key -> that of the metadata, behind the architecture's name or its indexer's;
+# of the gates of grouped queries' models also what a file without it means.
 _SHARED_WIDTH, _GATING = "expert_shared_feed_forward_length", "expert_gating_func"
 _WINDOW = "attention.sliding_window"
 _GATINGS = {"softmax": (1, 3), "sigmoid": (2,)}  # 3: of the chosen alone, which is the same
@@ -247,7 +240,7 @@ def _grouped(found: _Metadata, values: Json, family: Family, tensors: Container[
     more["intermediate_size"] = found.get("feed_forward_length", _Count, 1) or 1
     more["shared_expert_intermediate_size"] = found.get(_SHARED_WIDTH, _Count, 0)
     fixed = dict(family.values)
-    for key, name, default in _OF_GATES:
+    for key, (name, default) in TABLES["gates"].items():
         more[key] = found.get(name, type(default), fixed.get(key, default))
     dense = [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors]
     more["mlp_only_layers"] = dense[more["first_k_dense_replace"] :]
