@@ -29,15 +29,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from slotmoe.errors import ConfigError
-from slotmoe.quant.codecs.codec import NF4, TILE, ExpertCodecs
+from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import Int8Weight
-from slotmoe.quant.kernels.cpu.signatures import (
-    INT8,
-    SIGNATURES,
-    Bound,
-    NativeFunction,
-    tensor_spec,
-)
+from slotmoe.quant.kernels.cpu.signatures import SIGNATURES, Bound, NativeFunction, tensor_spec
 from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.system import cores
@@ -129,9 +123,8 @@ class Kernels:
         return Absorbed(*tiles, *(empty(tuple(x.shape), torch.float32).copy_(x) for x in plain))
 
     def _tiles(self, q: Tensor, empty: Empty) -> Tensor:
-        sizes: dict[str, int] = {}
-        tensor_spec("w:i8[N,K]").check(q, sizes)
-        tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
+        n, k = q.shape
+        tiles = empty((-(-n // TILE), -(-k // BLOCK), TILE * BLOCK), torch.int8)
         self.pack_int8.results(q, tiles)
         return tiles
 
