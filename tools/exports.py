@@ -23,7 +23,6 @@ from slotmoe.signals import Stopping, leave
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import json_of, show
-from slotmoe.tools.sessions import ago, described, sessions_in
 from slotmoe.tools.tables import Console, byte_bars, table
 
 Paths = tuple[Path, ...]
@@ -70,6 +69,39 @@ def list_command(as_json: bool, sessions: bool, session_dir: Path) -> None:
         show(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
     else:
         show(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")
+
+
+def sessions_in(folder: Path) -> list[Json]:
+    """The named sessions there, the one that was used last first: ``name``, ``kind``, ``used`` in
+    seconds since 1970, how many ``tokens``, which is None of a damaged one."""
+    from slotmoe.offload.sessions.names import listing
+
+    sessions = list[Json]()
+    for name, used, saved in listing(folder):
+        kind, tokens = ("damaged", None) if saved is None else (saved.kind, len(saved.tokens))
+        sessions.append({"name": name, "kind": kind, "tokens": tokens, "used": used})
+    return sessions
+
+
+def described(folder: Path, sessions: list[Json]) -> list[str]:
+    """The lines of a table of the named sessions there."""
+    if not sessions:
+        return [f"{folder}: holds no named sessions"]
+    width, rows = max(len(session["name"]) for session in sessions), list[str]()
+    for it in sessions:
+        tokens = "" if it["tokens"] is None else f", {it['tokens']:,} tokens"
+        rows.append(f"{it['name']:{width}}  {it['kind']}{tokens}, {ago(it['used'])}")
+    return [*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."]
+
+
+def ago(used: float) -> str:
+    """How long ago, in the largest unit that fits."""
+    seconds = max(0.0, time.time() - used)
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' * (count != 1)} ago"
+    return "just now"
 
 
 @click.command(name="rm")

@@ -2,8 +2,8 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import reduce
 from importlib.util import find_spec
 from math import inf
@@ -28,6 +28,7 @@ from slotmoe.tools.screen import HELP_ALL, show
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
+    from slotmoe.offload.sessions.names import NamedSession
 
 Decorator = Callable[[Any], Any]  # adds an option to a command's function
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
@@ -252,7 +253,7 @@ _SESSION_LIMIT = "Most bytes of latents there; what was unused for longest goes 
 _SESSIONS: Json = {"default": lambda: cache_folder() / "sessions", "show_default": False}
 SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare, **_SESSIONS)
 SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB", cls=Rare)
-# What ``slotmoe.tools.sessions`` reads.
+# What ``open_session`` reads.
 session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)
 # For ``prompt_text``, which asks for it unless there is a file, or something on stdin.
 PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
@@ -336,6 +337,47 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
         problem = "the native kernels were not built at install (is there a C++ compiler?)"
         say(f"{problem}; torch is up to 200 times slower. slotmoe doctor says what is missing")
     return runtime
+
+
+@contextmanager
+def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
+    """The session that ``session_options`` name, new or of the ``kind``, this process's alone
+    meanwhile; None where they name none.  Raises ``ConfigError`` or ``PlanError``."""
+    folder, name = given["session_dir"], given["session"]
+    parse_size(given["session_limit"])  # before a model is loaded
+    if name is None and not given.get("resume"):
+        yield None
+        return
+    from slotmoe.offload.sessions.names import NamedSession, listing
+
+    if given.get("resume"):
+        if name is not None:
+            raise ConfigError("--resume takes the latest session; leave it out to take --session")
+        chats = [it.name for it in listing(folder) if it.saved and it.saved.kind == "chat"]
+        if not chats:
+            raise ConfigError(f"{folder}: holds no conversation to resume; begin with --session")
+        name = chats[0]
+    with NamedSession(folder, name) as session:
+        if session.saved is not None and session.saved.kind != kind:
+            advice = "slotmoe run goes on with texts, with --chat and in slotmoe chat with chats"
+            raise ConfigError(f"session {name}: is a {session.saved.kind}; {advice}")
+        yield session
+
+
+def go_on(
+    session: "NamedSession | None", runtime: "Runtime", limit: str, notify: Callable[[str], None]
+) -> None:
+    """Let the runtime keep its texts where the session is, if any, within ``limit``, and say so."""
+    if session is None:
+        return
+    runtime.keep_in(session.folder, limit, notify)
+    assert runtime.sessions is not None
+    remark = f"new, kept in {session.folder}"
+    if session.saved is not None:
+        remark = f"{len(session.saved.tokens):,} tokens"
+        if session.saved.root != runtime.sessions.root():
+            remark += " of another model or version, so its text is read anew"
+    notify(f"session {session.name}: {remark}")
 
 
 def say(*lines: str) -> None:

@@ -12,11 +12,12 @@ from slotmoe.model.tokenizer import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import echo, is_terminal, json_of, print_dimmed
-from slotmoe.tools.sessions import go_on, open_session
+from slotmoe.tools.screen import is_terminal, json_of, print_dimmed
 
 if TYPE_CHECKING:
     from slotmoe.offload.sessions.names import NamedSession
+
+_MOST_ECHOED = 1000  # characters of a prompt, the last ones, before its continuation
 
 
 @click.command(name="run", cls=options.Command)
@@ -54,11 +55,11 @@ def command(
     given["chat"] |= given["system"] is not None
     text = options.prompt_text(prompt, file)
     with (
-        open_session(given, "chat" if given["chat"] else "text") as session,
+        options.open_session(given, "chat" if given["chat"] else "text") as session,
         options.open_runtime(model, given, quiet=as_json) as runtime,
     ):
         runtime.warm(wait=False)
-        go_on(session, runtime, given["session_limit"], options.notifier(as_json))
+        options.go_on(session, runtime, given["session_limit"], options.notifier(as_json))
         if given["trace"] is not None:
             runtime.trace(given["trace"])
         continuation = Continuation(runtime, text, session, given, as_json)
@@ -112,7 +113,8 @@ class Continuation:
                     if not self.tokens:
                         self._first_seconds = time.perf_counter() - started
                         if on_terminal and not self._chat:
-                            echo(self._prompt)
+                            is_long = len(self._prompt) > _MOST_ECHOED
+                            print_dimmed("…" * is_long + self._prompt[-_MOST_ECHOED:])
                     self.tokens.append(token)
                     self._show(on_terminal, *splitter.feed(token.text))
                 self._show(on_terminal, *splitter.feed("", is_last=True))

@@ -10,7 +10,6 @@ from slotmoe.errors import informs, one_line, visible
 from slotmoe.system import ready_streams
 
 HELP_ALL = "--help-all"  # a command's help looks for it in what the group has noted
-_MOST_ECHOED = 1000  # characters of a prompt
 
 
 class Screen:
@@ -74,8 +73,3 @@ def print_dimmed(text: str) -> None:
     """Print on a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
     begin, end = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[22m")
     print(f"{begin}{visible(text)}{end}", end="", flush=True, file=commanded(sys.stdout))
-
-
-def echo(prompt: str) -> None:
-    """Print the prompt, or the end of a long one, before its continuation."""
-    print_dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")

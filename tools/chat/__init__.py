@@ -12,8 +12,7 @@ from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.offload.machine import cache_folder
 from slotmoe.system import terminal_mode
 from slotmoe.tools import options
-from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
-from slotmoe.tools.sessions import go_on, open_session
+from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime, open_session
 
 if TYPE_CHECKING:
     from slotmoe.tools.chat.conversation import Dialogue
@@ -121,7 +120,7 @@ def command(
             frontend = Terminal(cache_folder() / "chat_history", names, conversation.status)
             context = f"{runtime.context:,} tokens of context"
             frontend.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
-        go_on(session, runtime, given["session_limit"], frontend.say)
+        options.go_on(session, runtime, given["session_limit"], frontend.say)
         loading.close()  # the first prompt has what was typed
         with frontend.talking():
             talk(conversation, frontend)

@@ -30,23 +30,11 @@ _RATES = (
     ("used, of what was read ahead", RED, "D:", "used", ("used", "wasted")),
 )
 """Of each line by layer: label, colour, style, the count that it shows, and those of the whole."""
-Fill = Callable[[Axes], str]
-
-
-def picture(fill: Fill) -> tuple[str, bytes]:
-    """A chart's title, and the chart as PNG: ``fill`` draws it and gives its title."""
-    figure, buffer = Figure(figsize=(9, 4.5), dpi=130, layout="constrained"), io.BytesIO()
-    axes = figure.subplots()
-    title = fill(axes)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure).print_png(buffer)
-    return title, buffer.getvalue()
 
 
 def draw(report: Json) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
-    fills: dict[str, Fill] = {}
+    fills: dict[str, Callable[[Axes], str]] = {}  # each draws one and gives its title
     for tier in report["memory"]:
         fills[f"memory-{tier}"] = partial(_memory, report=report, tier=tier)
     for kind, time in report["time"].items():
@@ -59,7 +47,16 @@ def draw(report: Json) -> dict[str, tuple[str, bytes]]:
     if any(any(layer["uses"]) for layer in report["layers"]):
         fills["expert-use"] = partial(_uses, layers=report["layers"])
         fills["layers"] = partial(_rates, layers=report["layers"], cache=report["cache"])
-    return {name: picture(fill) for name, fill in fills.items()}
+    images = dict[str, tuple[str, bytes]]()
+    for name, fill in fills.items():
+        figure, png = Figure(figsize=(9, 4.5), dpi=130, layout="constrained"), io.BytesIO()
+        axes = figure.subplots()
+        title = fill(axes)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        FigureCanvasAgg(figure).print_png(png)
+        images[name] = title, png.getvalue()
+    return images
 
 
 def _legend(axes: Axes) -> None:
