@@ -46,13 +46,7 @@ def list_command(as_json: bool, sessions: bool, session_dir: Path) -> None:
       slotmoe list --sessions
     """
     if sessions:
-        kept = sessions_in(session_dir)
-        if as_json:
-            shown = [session | {"used": timestamp(session["used"])} for session in kept]
-            print(json_of({"folder": str(session_dir), "sessions": shown}))
-        else:
-            show(*described(session_dir, kept))
-        return
+        return _list_sessions(session_dir, as_json)
     folder = cache_folder()
     cached = model_cache.listing(folder)
     total = sum(export.bytes for export in cached)
@@ -64,37 +58,32 @@ def list_command(as_json: bool, sessions: bool, session_dir: Path) -> None:
         for export in cached:
             state = "" if export.finished else " (unfinished)"
             state += "" if export.source is None else f", of {export.source}"
-            size, used = format_size(export.bytes), ago(export.used)
+            size, used = format_size(export.bytes), _ago(export.used)
             show(f"{size:>10}  {used:<14}  {export.short}{state}")
         show(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
     else:
         show(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")
 
 
-def sessions_in(folder: Path) -> list[Json]:
-    """The named sessions there, the one that was used last first: ``name``, ``kind``, ``used`` in
-    seconds since 1970, how many ``tokens``, which is None of a damaged one."""
+def _list_sessions(folder: Path, as_json: bool) -> None:
+    """The named sessions there, the one that was used last first."""
     from slotmoe.offload.sessions.names import listing
 
-    sessions = list[Json]()
-    for name, used, saved in listing(folder):
+    sessions, facts, rows = listing(folder), list[Json](), list[str]()
+    width = max((len(session.name) for session in sessions), default=0)
+    for name, used, saved in sessions:
         kind, tokens = ("damaged", None) if saved is None else (saved.kind, len(saved.tokens))
-        sessions.append({"name": name, "kind": kind, "tokens": tokens, "used": used})
-    return sessions
+        facts.append({"name": name, "kind": kind, "tokens": tokens, "used": timestamp(used)})
+        count = "" if tokens is None else f", {tokens:,} tokens"
+        rows.append(f"{name:{width}}  {kind}{count}, {_ago(used)}")
+    rows.append(f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one.")
+    if as_json:
+        print(json_of({"folder": str(folder), "sessions": facts}))
+    else:
+        show(*(rows if sessions else [f"{folder}: holds no named sessions"]))
 
 
-def described(folder: Path, sessions: list[Json]) -> list[str]:
-    """The lines of a table of the named sessions there."""
-    if not sessions:
-        return [f"{folder}: holds no named sessions"]
-    width, rows = max(len(session["name"]) for session in sessions), list[str]()
-    for it in sessions:
-        tokens = "" if it["tokens"] is None else f", {it['tokens']:,} tokens"
-        rows.append(f"{it['name']:{width}}  {it['kind']}{tokens}, {ago(it['used'])}")
-    return [*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."]
-
-
-def ago(used: float) -> str:
+def _ago(used: float) -> str:
     """How long ago, in the largest unit that fits."""
     seconds = max(0.0, time.time() - used)
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
@@ -129,22 +118,20 @@ def rm_command(
     """
     if bool(names) == is_all or (is_all and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
+    if sessions:
+        from slotmoe.offload.sessions import names as of_sessions  # takes a second: torch
+
     folder = given["session_dir"] if sessions else cache_folder()
     chosen = [] if sessions else model_cache.find(folder, names)
     removed = [export.name for export in chosen] or [*dict.fromkeys(names)]
     if is_all:
-        removed = [session["name"] for session in sessions_in(folder)]
+        removed = [session.name for session in of_sessions.listing(folder)]
     size = "" if sessions else f", {format_size(sum(export.bytes for export in chosen))}"
     called = one_line(", ".join(removed) or f"{folder}: unnamed texts")
     asks = not given["yes"] and sys.stdin.isatty() and sys.stderr.isatty()
     if asks and not click.confirm(f"Remove {called}{size}?", err=True):
         return 1
-    if sessions:
-        from slotmoe.offload.sessions.names import remove
-
-        freed = remove(folder, removed)
-    else:
-        freed = model_cache.remove(folder, chosen)
+    freed = of_sessions.remove(folder, removed) if sessions else model_cache.remove(folder, chosen)
     if as_json:
         where = "sessions" if sessions else "cache"
         print(json_of({where: str(folder), "removed": removed, "bytes": freed}))

@@ -344,7 +344,6 @@ def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
     """The session that ``session_options`` name, new or of the ``kind``, this process's alone
     meanwhile; None where they name none.  Raises ``ConfigError`` or ``PlanError``."""
     folder, name = given["session_dir"], given["session"]
-    parse_size(given["session_limit"])  # before a model is loaded
     if name is None and not given.get("resume"):
         yield None
         return

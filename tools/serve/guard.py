@@ -71,10 +71,8 @@ class Log:
 
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of these names are unknown."""
-        for name in names:
-            if len(self._ignored) == _MAX_NAMES:
-                return
-            if (short := ascii(name[:64])) not in self._ignored:
+        for short in (ascii(name[:64]) for name in names):
+            if short not in self._ignored and len(self._ignored) < _MAX_NAMES:
                 self._ignored.add(short)
                 more = "; further ones are not named" * (len(self._ignored) == _MAX_NAMES)
                 told = f"the field {short} is unknown here and ignored{more}"
@@ -87,8 +85,6 @@ class Log:
             print(f"{now} {line()}", file=sys.stderr, flush=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         began, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
         ignored.set(self.ignore)
@@ -192,8 +188,6 @@ class Guard:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
         headers = Headers(scope=scope)
         is_named = "host" in headers or scope["http_version"] != "1.0"
         try:
@@ -356,8 +350,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def check(body: bytes) -> None:
-    """Raises ``RefusedError`` unless ``body`` is a JSON object, or empty; also where it holds too
-    many values or keys, in time and memory of a few copies of it."""
+    """Raises ``RefusedError`` unless ``body`` is empty or JSON; also where it holds too many values
+    or keys, in time and memory of a few copies of it."""
     if _excess(body):  # perhaps in its strings, which do not count
         outside = body.replace(rb"\\", b"").replace(rb"\"", b"")
         if outside.count(b'"') <= 4 * MAX_VALUES:  # as many as all keys and values may have
@@ -365,7 +359,7 @@ def check(body: bytes) -> None:
         if excess := _excess(outside):
             raise RefusedError(f"the body holds more than {excess}", status=413)
     try:
-        value = json.loads(body.decode("utf-8-sig")) if body else {}
+        json.loads(body.decode("utf-8-sig") if body else "null")
     except json.JSONDecodeError as problem:
         where = f"line {problem.lineno}, column {problem.colno}"
         raise RefusedError(f"{_NOT_JSON}: {problem.msg} at {where}") from None
@@ -375,8 +369,6 @@ def check(body: bytes) -> None:
         raise RefusedError(f"{_NOT_JSON} that this server reads: it is nested too deeply") from None
     except ValueError:  # Python's bound on digits
         raise RefusedError(f"{_NOT_JSON} that this server reads: a number is too long") from None
-    if not isinstance(value, dict):
-        raise RefusedError("the body is not a JSON object")
 
 
 def _excess(text: bytes) -> str:
