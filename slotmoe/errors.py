@@ -12,8 +12,6 @@ from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 CLOSED = "this Runtime is closed; open the model again"
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

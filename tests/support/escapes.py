@@ -18,9 +18,11 @@ from urllib.parse import quote
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions import names as sessions
 from slotmoe.tools.cli import main
+from tests.support.apis import ASKED, CHAT, MESSAGES, RESPONSES
 from tests.support.exported import resign
 from tests.support.gguf import write_gguf
 from tests.support.hub import HUB, NAME, Repo
+from tests.support.served import TOOLS
 from tests.support.tiny import SMALL, write_checkpoint
 
 # A title, the clipboard, colours, a cleared screen, the other direction, and what DEL does in JSON.
@@ -227,15 +229,12 @@ def hub(place, most, chance):
 
 
 PARTS = {one.__name__: one for one in (checkpoint, manifest, names, kept, hub)}
-_CHAT = {"model": "sample", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-_ASKED = {"input": "Hi", "instructions": "x", "metadata": {"a": "b"}, "max_output_tokens": 2}
-_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 BODIES = {
-    "/v1/chat/completions": {**_CHAT, "stop": ["x"], "tools": _TOOLS},
+    **ASKED,
+    CHAT: {**ASKED[CHAT], "stop": ["x"], "tools": TOOLS},
+    RESPONSES: {**ASKED[RESPONSES], "instructions": "x", "metadata": {"a": "b"}},
+    MESSAGES: {**ASKED[MESSAGES], "system": "x", "metadata": {"user_id": "a"}},
     "/v1/completions": {"model": "sample", "prompt": "Hi", "max_tokens": 2, "echo": True},
-    "/v1/responses": {"model": "sample", **_ASKED},
-    "/v1/messages": {**_CHAT, "system": "x", "metadata": {"user_id": "a"}},
-    "/api/chat": {"model": "sample", "messages": _CHAT["messages"], "options": {"num_predict": 2}},
     "/api/show": {"model": "sample"},
 }
 

@@ -73,12 +73,8 @@ def there(seen, program, monkeypatch, tmp_path):
             if problem:
                 raise RuntimeError(problem)
 
-        answers = {
-            "init": init,
-            "device_count": lambda: 2,
-            "get_device_name": "NVIDIA RTX {}".format,
-        }
-        answers |= {"get_arch_list": lambda: ["sm_75", "sm_80"]}
+        answers = {"init": init, "get_device_name": "NVIDIA RTX {}".format}
+        answers |= {"device_count": lambda: 2, "get_arch_list": lambda: ["sm_75", "sm_80"]}
         answers["get_device_capability"] = lambda index: capability
         if problem is not None:
             monkeypatch.setattr(torch.version, "cuda", "13.2")
@@ -159,15 +155,13 @@ def test_plan_refuses_cards_that_no_kernel_serves(slotmoe, name):
 def test_which_gpu_is_taken(there, monkeypatch):
     there("compiler")
     monkeypatch.setattr(cuda, "lacking", lambda capability: ("", ""))
-    assert (
-        choose_device("cuda", str) == ("0", "as asked") and choose_device("cuda:1", str)[0] == "1"
-    )
+    assert choose_device("cuda", str) == ("0", "as asked")
+    assert choose_device("cuda:1", str)[0] == "1"
     assert choose_device("auto", str) == ("0", "NVIDIA RTX 0 is here")
     assert choose_device("cpu", str)[0].tier == "ram"
     wrong = dict.fromkeys(("gpu", "cuda:", "cuda:-1"), "expected auto, cpu, cuda or cuda:N$")
-    for name, told in (
-        wrong | {"cuda:2": "only cuda:0 to cuda:1 .*; or use --device cpu$"}
-    ).items():
+    wrong["cuda:2"] = "only cuda:0 to cuda:1 .*; or use --device cpu$"
+    for name, told in wrong.items():
         with pytest.raises(ConfigError, match=f"^device .*{told}"):
             choose_device(name, str)
     assert cuda._runs("compute_90", (12, 0)) and not cuda._runs("sm_90", (12, 0))

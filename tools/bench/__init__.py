@@ -1,5 +1,5 @@
 """``slotmoe bench``: prefill and decode speed beside what the machine's memory allows.  The other
-benchmarks are ``python -m slotmoe.tools.bench NAME``."""
+benchmarks are ``python -m bench NAME``."""
 
 from __future__ import annotations
 

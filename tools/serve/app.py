@@ -11,7 +11,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Response, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
-from prometheus_client import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
@@ -26,7 +26,6 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
 )
-_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Of all routes, in the description.
 _REFUSALS: dict[int | str, Json] = {"5XX": {"description": "The model failed"}}
 _REFUSALS["4XX"] = {"description": "Refused, with the reason in the error envelope of the API"}
@@ -56,7 +55,7 @@ def stats(service: Serving) -> Response:
 
 @routes.get("/metrics", response_class=PlainTextResponse)
 def metrics(service: Serving) -> Response:
-    return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
+    return PlainTextResponse(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class TokenizeRequest(openai.Templated):

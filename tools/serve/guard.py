@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
 from mmap import mmap
-from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -29,11 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.pages import give_back_memory
+from slotmoe.tools.serve.answers import Answers
 from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body, shutting_down
 from slotmoe.tools.serve.requests import ignored
-
-if TYPE_CHECKING:
-    from slotmoe.tools.serve.answers import Answers
 
 MAX_VALUES = 1 << 18  # in one body; the longest prompt of DeepSeek-V2 has 163,840 token ids
 MAX_KEYS = 1 << 16  # of all objects in one body
