@@ -25,7 +25,8 @@ from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
 from slotmoe.offload.evaluate import Evaluation, read_texts, windows_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_cache import SAMPLE
-from slotmoe.offload.plan.advice import geometry_path, measured, takes_text
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.precision import measured, takes_text
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize

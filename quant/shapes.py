@@ -4,7 +4,7 @@ plan needs before a download."""
 import math
 from typing import NamedTuple
 
-from slotmoe.quant.codecs.codec import LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.codec import INT5, INT6, LUT4, NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
@@ -14,8 +14,11 @@ TABLE_NAME = ".tid2eid"  # how the names of such weights end
 # cut to, and what the next token behind that needs of the tokens before, beside what stays.
 SPARE = 16  # tokens that can be cut off without a mark
 CONVOLVED = 4  # tokens that the convolution before a delta rule sees
-RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
-_CODED = {"mixed": {"matrix": LUT4}, "nf4": {"matrix": NF4, "sensitive": NF4}}  # by mode and role
+RESIDENT_MODES = ("bf16", "int8", "int6", "int5", "mixed", "nf4")
+_CODED = {  # by mode and role
+    "mixed": {"matrix": LUT4},
+    **{codec.name: {"matrix": codec, "sensitive": codec} for codec in (INT6, INT5, NF4)},
+}
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 # Triton kernels: tokens of a pass that the decoder takes at most, programs that share a token's
 # context, and rows of partial sums of several tokens' attention.

@@ -121,8 +121,9 @@ def _adding(*options: Decorator) -> Decorator:
 
 
 _RESIDENT = (
-    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; mixed "
-    "has 4 bits where they cost little, else int8; nf4 is a little smaller and far less exact."
+    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; int6 "
+    "and int5 have a scale for each 32 weights; mixed has 4 bits where they cost little, else "
+    "int8; nf4 is a little smaller and far less exact."
 )
 RESIDENT = choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT)
 _CODEC = (
@@ -130,12 +131,12 @@ _CODEC = (
     f"is bitsandbytes' with one for each 64. [default: {DEFAULT_CODEC}]"
 )
 _BITS = (
-    "Bits of a routed expert's codes, to which scales add a quarter: 4, 3, or 3.5, which is 3 for "
-    "gate and up and 4 for down; nf4 has 4 only. [default: 4]"
+    "Bits of a routed expert's codes, to which scales add a quarter, or an eighth to 2: 4, 3 or 2; "
+    "3.5 and 2.5 have one more for down than for gate and up; nf4 has 4 only. [default: 4]"
 )
 codec_options = _adding(
     choice("--codec", ["lut", "nf4"], None, _CODEC),
-    choice("--bits", ["4", "3.5", "3"], None, _BITS),
+    choice("--bits", ["4", "3.5", "3", "2.5", "2"], None, _BITS),
 )
 _KEEP_MTP = "Keep the head that predicts one token more (a layer and experts), for --draft mtp."
 KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)

@@ -1,6 +1,6 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,14 +31,15 @@ from slotmoe.offload.ingest.output_dir import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.plan import memory
-from slotmoe.offload.plan.advice import precision_of
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan
+from slotmoe.offload.plan.precision import precision_of
 from slotmoe.offload.plan.speed import MODES, Setting, Split, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
+from slotmoe.quant.codecs.codec import TRITON_KINDS, Codec, manifest_codecs
 from slotmoe.quant.codecs.weight import Weight
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
@@ -173,6 +174,7 @@ class _Loader:
         self._notify = notify
         self.budget, self._host_budget = self._budgets()
         self._sizes: Sizes | None = None  # of an export
+        self._kernels = options.kernels
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -192,7 +194,7 @@ class _Loader:
         self._config, options = config_among(read, self._folder), self._options
         activation = self._config.activation
         if options.quantize:
-            self._backend = self._device.backend(options.kernels, activation)
+            self._backend = self._device.backend(self._kernels, activation)
         else:
             self._backend = TorchBackend(activation=activation)
         self._context = memory.choose_context(self._config, self._options.context)
@@ -322,6 +324,7 @@ class _Loader:
         options, device = self._options, self._device
         copies = [Path(folder) for folder in options.experts_dirs]
         export = opened.enter_context(Export.open(self._folder, copies))
+        self._kernels = self._kernels_for(manifest_codecs(export.manifest))
         tokenizer = self._configure(export.small_file)
         config, backend = self._with_layers(export), self._backend
         self._config, resident = config, export.manifest["quantization"]["resident"]
@@ -352,6 +355,16 @@ class _Loader:
         ]
         parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}
         return network, {**parts, "store": store, "head": head}
+
+    def _kernels_for(self, codecs: Mapping[str, Codec]) -> str:
+        """As asked, but torch's operations on a GPU whose kernels lack some of ``codecs``.  Raises
+        ``ConfigError``."""
+        lacking = [name for name, codec in codecs.items() if codec.kind not in TRITON_KINDS]
+        if lacking and self._options.kernels == "triton":
+            problem = f"kernels triton: multiply no {' and '.join(lacking)}"
+            raise ConfigError(f"{problem}, in which {self._folder} is coded; use kernels torch")
+        is_gpu = self._device.tier == "vram" and self._options.kernels == "auto"
+        return "torch" if lacking and is_gpu else self._options.kernels
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""

@@ -33,8 +33,8 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Snapshot, is_commit, needed, resolve
 from slotmoe.offload.machine import cache_folder, read_note, write_note
 from slotmoe.offload.model_cache import is_export, locate, mark_used
-from slotmoe.offload.plan.advice import precision_of
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
+from slotmoe.offload.plan.precision import precision_of
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.writer import span_checksums

@@ -55,7 +55,8 @@ class Coder:
         if kind.name == NF4.name:
             codes, scales, weighted = *encode.quantize_nf4(piece), None
         else:
-            kind = replace(kind, levels=tuple(self.levels[kind.name]))
+            if kind.learned:
+                kind = replace(kind, levels=tuple(self.levels[kind.name]))
             measured = name in self.hessians and bool(piece.isfinite().all())
             hessian = self.hessians[name] if measured else None
             try:
@@ -85,8 +86,13 @@ def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
 
 
 def learns(kind: str | Codec) -> bool:
-    """Whether a way to store weights has levels that are learned, and codes that are calibrated."""
-    return isinstance(kind, Codec) and kind.name in (codec.LUT4.name, codec.LUT3.name)
+    """Whether a way to store weights has levels that are learned."""
+    return isinstance(kind, Codec) and kind.learned
+
+
+def takes_text(kind: str | Codec) -> bool:
+    """Whether it has codes that are calibrated."""
+    return isinstance(kind, Codec) and kind.fitted
 
 
 def level_samples(

@@ -28,7 +28,14 @@ from slotmoe.model.checkpoint.reader import Checkpoint, Seen, open_checkpoint, w
 from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
-from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, level_samples
+from slotmoe.offload.ingest.encoder import (
+    Coder,
+    codecs_for,
+    learn_levels,
+    learns,
+    level_samples,
+    takes_text,
+)
 from slotmoe.offload.ingest.hub import Portion, Shards
 from slotmoe.offload.ingest.manifest import Contents, quantization_report, write_files
 from slotmoe.offload.ingest.output_dir import (
@@ -44,7 +51,7 @@ from slotmoe.offload.ingest.output_dir import (
     source_files,
 )
 from slotmoe.offload.model_source import small_parts
-from slotmoe.offload.plan.advice import precision_of
+from slotmoe.offload.plan.precision import precision_of
 from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import Hessian, NotFiniteError
 from slotmoe.quant.export import writer
@@ -138,15 +145,13 @@ class _Job:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
         self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
         self._kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
-        coded = [kind for kind in self._kinds.values() if isinstance(kind, Codec) and learns(kind)]
-        self._learned = {kind.name: 1 << kind.bits for kind in coded}  # numbers of levels
+        kinds = {kind for kind in self._kinds.values() if isinstance(kind, Codec)}
+        self._learned = {kind.name: 1 << kind.bits for kind in kinds if learns(kind)}  # of levels
         self._text: Windows | None = None
-        if calibration is not None and coded:
+        if calibration is not None and any(map(takes_text, kinds)):
             self._text = chosen(calibration, self.checkpoint.config.vocab_size)
         elif calibration is not None:
-            self.notify(
-                "no codes here have learned levels, so the calibration text changes nothing"
-            )
+            self.notify("no codes here have fitted scales, so the calibration text changes nothing")
         self.where = self.checkpoint.folder if self.shards is None else self.shards.snapshot.repo
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
@@ -344,7 +349,7 @@ class _Job:
         """The text's way through the layers that have tensors among ``names``."""
         if self._text is None:
             return None
-        coded = {name for name, kind in self._kinds.items() if learns(kind)}
+        coded = {name for name, kind in self._kinds.items() if takes_text(kind)}
         layers = {text_layer(name, self.checkpoint.config) for name in names}
         wanted = [layer for layer in layers if layer is not None]
         noting = self.partial, self._state, self._advance

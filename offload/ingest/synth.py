@@ -19,7 +19,7 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import Progress
 from slotmoe.offload.model_cache import SAMPLE
-from slotmoe.offload.plan.advice import precision_of
+from slotmoe.offload.plan.precision import precision_of
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file

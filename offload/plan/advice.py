@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -19,17 +19,16 @@ from slotmoe.jsonfile import Json, read_json
 from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.names import resident_shapes
-from slotmoe.offload.plan import memory
+from slotmoe.offload.plan import memory, precision
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, Plan, Sizes, sizes_of
+from slotmoe.offload.plan.precision import BY_TORCH, expected, gpu_kernels, int8_bytes, precision_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
-from slotmoe.quant.shapes import RESIDENT_MODES
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
 from slotmoe.sizes import format_size
 
 # Least and most that was measured of a predicted speed, also with one core busy, by whether rates
 # are assumed (docs/memory-and-planning.md).
 SPREAD = {False: (0.65, 1.7), True: (0.4, 2.5)}
-MOST_INT8 = 4 << 30  # bytes of resident weights; beyond, 4 bits leave much more to the experts
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Model:
         if self.resident is not None:
             problem = f"its resident weights are {self.resident}"
             raise PlanError(f"{self.name}: {problem}; quantize again for --resident {wanted}")
-        size, most = format_size(_int8_bytes(self.config)), format_size(MOST_INT8)
+        size, most = format_size(int8_bytes(self.config)), format_size(precision.MOST_INT8)
         why = f"int8 would take {size}, and is the default up to {most}"
         return precision_of(self.config, wanted), why if wanted == "auto" else "as asked"
 
@@ -172,22 +171,6 @@ class Machine:
     notes: Sequence[str] = ()
 
 
-def precision_of(config: Config, wanted: str) -> str:
-    """How resident weights are stored, of ``RESIDENT_MODES``.  ``auto`` is int8, closest to the
-    source, up to ``MOST_INT8``.  It knows no machine, so that plan, quantize and run choose alike,
-    and an export has the same bytes wherever it is made.  Raises ``ConfigError``."""
-    if wanted == "auto":
-        return "int8" if _int8_bytes(config) <= MOST_INT8 else "mixed"
-    if wanted not in RESIDENT_MODES:
-        known = ", ".join(("auto", *RESIDENT_MODES))
-        raise ConfigError(f"resident {wanted!r:.40} is unknown, expected one of: {known}")
-    return wanted
-
-
-def _int8_bytes(config: Config) -> int:
-    return sum(sizes_of(config, "int8", DEFAULT_CODECS).resident.values())
-
-
 def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
     """How experts are coded.  Raises ``PlanError``."""
     codecs = model.codecs or wanted or memory.default_codecs(model.config)
@@ -231,9 +214,13 @@ class Scenario:
             runtime_bytes=memory.CUDA_IMPORT_BYTES if gpu else memory.IMPORT_BYTES,
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
-            kernels="triton" if gpu else "native",
+            kernels=gpu_kernels(self.resident, self.codecs) if gpu else "native",
             drafts=self.drafts,
         )
+
+    def _by_torch(self) -> list[str]:
+        gpu = self.machine.vram is not None
+        return [BY_TORCH] if gpu and gpu_kernels(self.resident, self.codecs) == "torch" else []
 
     @property
     def fits(self) -> bool:
@@ -295,7 +282,7 @@ class Scenario:
 
         report: Json = {
             "model": self.model.name,
-            "notes": [*config.notes, *machine.notes],
+            "notes": [*config.notes, *machine.notes, *self._by_torch()],
             "fits": self.fits and self.disk()["fits"],
             "components": components,
             "total": by_tier(components),
@@ -341,7 +328,8 @@ class Scenario:
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,
         expert slots, the speed of decode, None where it does not fit, and the divergence that the
-        bundled sample has so, with and without a text for ``--calibrate``."""
+        bundled sample has so, with and without a text for ``--calibrate``.  On a GPU those that
+        Triton's kernels have."""
         rows, kept = list[Json](), memory.default_codecs(self.model.config)
         coded = dict(EXPERT_CODECS)
         if kept != DEFAULT_CODECS:
@@ -349,6 +337,8 @@ class Scenario:
         resident = dict.fromkeys([self.resident, "int8", "mixed"])
         for ((codec, bits), codecs), mode in product(coded.items(), resident):
             other, speed = replace(self, codecs=codecs, resident=mode), None
+            if other._by_torch() and other != self:
+                continue
             if other.fits:
                 speed = other._setting().predict(prompt_tokens, new_tokens).decode_tokens_per_second
             row = {"codec": codec, "bits": bits, "resident": mode, "slots": other.plan.slots}
@@ -365,34 +355,6 @@ class Scenario:
 def _rounded_up(size: int) -> str:
     """A size option of at least ``size`` bytes, to the tenth of a GiB or the MiB."""
     return f"{-(-size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{-(-size >> 20)}MiB"
-
-
-@cache
-def measured() -> Json:
-    """What codes cost on the bundled sample: KL divergence in nats a token, as ``python -m bench
-    codes`` writes it to ``divergence.json``: ``rows``, and points of ``llama.cpp``, whose
-    ``origin`` is what measured them."""
-    found: Json = json.loads(Path(__file__).with_name("divergence.json").read_bytes())
-    return found
-
-
-def takes_text(choice: Json) -> bool:
-    """Whether ``--calibrate`` makes other codes of a ``codec`` or for ``resident`` weights."""
-    return choice.get("codec") == "lut" or choice.get("resident") == "mixed"
-
-
-def expected(codec: str, bits: str, resident: str, calibrated: bool) -> float | None:
-    """Of experts and resident weights together: the sum of what each does alone.  None where a
-    part of it was not measured; codes that are kept, and bf16, cost nothing."""
-    experts = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
-    others = 0.0 if resident == "bf16" else _alone({"resident": resident}, calibrated)
-    return None if experts is None or others is None else experts + others
-
-
-def _alone(choice: Json, calibrated: bool) -> float | None:
-    wanted = choice | {"calibrated": calibrated and takes_text(choice)}
-    found = (row for row in measured()["rows"] if wanted.items() <= row.items())
-    return next((row["kl_divergence"] for row in found), None)
 
 
 def predicted_components(

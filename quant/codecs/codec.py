@@ -12,6 +12,11 @@ dot products before it converts or scales anything:
         3 bits: bits 0 to 2 of byte 192 * g + 64 * a + p (g < 2, a < 3) are the code of column
             64 * block + 32 * g + 8 * a + i, bits 3 to 5 that of the column 4 further; bits 6 and 7
             are bits 2 a and 2 a + 1 of such a pair of codes for a = 3
+        2 bits: bits 2 a and 2 a + 1 (a < 4) of byte 64 * g + p (g < 4) are the code of column
+            64 * block + 16 * g + 4 * a + i
+        5 bits: the upper 4 as above, then in 128 bytes bit a (a < 8) of byte 64 * g + p (g < 2) is
+            the lowest of column 64 * block + 32 * g + 4 * a + i
+        6 bits: the upper 4 as above, then in 256 bytes the lowest 2, as codes of 2 bits
     scales as ``SCALES`` says; of any sign
 
 docs/export-format.md has every byte.  Shape legend: N rows out, K columns in.
@@ -48,16 +53,22 @@ SCALES = {
     # of each 64 columns an I8 for the first 32 of each row and one for the last 32; a block's scale
     # is the product, in float32.
     "i8": Scales(32, ".scales", "U8", 2, 2 * TILE),
+    # Bytes [n_tiles, n_blocks + 4, 16]: as i8, but of each 64 columns a byte for each row, its low
+    # half an I4 for the first 32, its high half one for the last 32.
+    "i4": Scales(32, ".scales", "U8", 4, TILE),
     # As f16x2, each a byte that stands for 2^(byte - 127).
     "e8m0": Scales(32, ".scales", "F8_E8M0", 0, 2 * TILE),
 }
 # Which pairs of bits and scales there are, and what the native kernels call them.
 KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3, (4, "f16x2"): 4, (4, "e8m0"): 5}
+TRITON_KINDS = frozenset(KINDS.values())  # which Triton's have too
+KINDS |= {(2, "i4"): 6, (5, "i8"): 7, (6, "i8"): 8}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """``bits`` a code, 2^bits ``levels`` ascending, -0 before 0, and the coding of ``scales``."""
+    """``bits`` a code, 2^bits ``levels`` ascending, -0 before 0, and the coding of ``scales``.
+    More than 16 levels are the whole numbers from -2^(bits - 1)."""
 
     name: str
     bits: int
@@ -68,6 +79,16 @@ class Codec:
     def kind(self) -> int:
         """What the native kernels call it."""
         return KINDS[self.bits, self.scales]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether scales are chosen by the error, which a calibration text weighs."""
+        return self.scales in ("i8", "i4")
+
+    @property
+    def learned(self) -> bool:
+        """Whether each model has levels of its own."""
+        return self.fitted and self.bits <= 4
 
     def codes_shape(self, N: int, K: int) -> tuple[int, int, int]:
         """Shape of the code tensor of a [N, K] matrix."""
@@ -108,6 +129,8 @@ LUT4 = Codec(
     "lut4", 4, "i8", (-118, -90, -70, -54, -39, -27, -15, -3, 9, 20, 32, 45, 60, 76, 96, 127)
 )
 LUT3 = Codec("lut3", 3, "i8", (-127, -80, -48, -22, 3, 28, 58, 97))
+LUT2 = Codec("lut2", 2, "i4", (-127, -44, 19, 91))
+INT5, INT6 = (Codec(f"int{b}", b, "i8", tuple(range(-1 << b - 1, 1 << b - 1))) for b in (5, 6))
 # What checkpoints hold that were trained in 4 bits, so that their codes are kept.
 INT4 = Codec("int4", 4, "f16x2", tuple(range(-8, 8)))
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -138,6 +161,8 @@ EXPERT_CODECS = {
     ("lut", "4"): ExpertCodecs(LUT4, LUT4),
     ("lut", "3.5"): ExpertCodecs(LUT3, LUT4),
     ("lut", "3"): ExpertCodecs(LUT3, LUT3),
+    ("lut", "2.5"): ExpertCodecs(LUT2, LUT3),
+    ("lut", "2"): ExpertCodecs(LUT2, LUT2),
     ("nf4", "4"): ExpertCodecs(NF4, NF4),
 }
 DEFAULT_CODEC = "lut"

@@ -109,16 +109,17 @@ def squared_error(source_NK: Tensor, weight: Int8Weight | CodedWeight) -> tuple[
     return math.fsum(errors), math.fsum(squares)  # rounded once, so that they depend on no order
 
 
-class ByteScales:
-    """Scales as the codecs store them, signed bytes under a float32 factor of the row; the largest
-    of ``scales`` [N, X] gets the largest byte."""
+class WholeScales:
+    """Scales as the codecs store them, integers up to ``most``, of 8 bits or of 4, under a float32
+    factor of the row; the largest of ``scales`` [N, X] gets the largest integer."""
 
-    def __init__(self, scales_NX: Tensor):
-        self._factor_N1 = scales_NX.abs().amax(-1, keepdim=True) / 127
+    def __init__(self, scales_NX: Tensor, most: int):
+        self._most, self._factor_N1 = most, scales_NX.abs().amax(-1, keepdim=True) / most
         self._divisor_N1 = torch.where(self._factor_N1 > 0, self._factor_N1, 1.0)
 
     def _whole(self, scales: Tensor) -> Tensor:
-        return (scales.reshape(len(scales), -1) / self._divisor_N1).round().clamp(-127, 127)
+        whole = (scales.reshape(len(scales), -1) / self._divisor_N1).round()
+        return whole.clamp(-self._most, self._most)
 
     def round(self, scales: Tensor) -> Tensor:
         """The nearest that can be stored: of one block [N], or of all, [N, X]."""
@@ -130,11 +131,17 @@ class ByteScales:
             raise NotFiniteError
         whole = self._whole(scales_NX).to(torch.int8)
         blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
-        parts = self._factor_N1.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)
-        return torch.cat([part.view(len(blocks), -1, 2 * TILE) for part in parts], dim=1)
+        bytes_, width = blocks.view(torch.uint8), 2 * TILE
+        if self._most < 8:
+            first, last = bytes_.view(len(blocks), -1, 2, TILE).unbind(2)
+            bytes_, width = first & 15 | last << 4, TILE
+        parts = self._factor_N1.view(-1, TILE).view(torch.uint8), bytes_
+        return torch.cat([part.reshape(len(blocks), -1, width) for part in parts], dim=1)
 
 
-def encode(weight_NK: Tensor, levels_L: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def encode(
+    weight_NK: Tensor, levels_L: Tensor, block: int, most: int = 127
+) -> tuple[Tensor, Tensor]:
     """Codes, uint8 [N, K], and stored scales, both filled up.  Raises ``NotFiniteError``."""
     N, K = weight_NK.shape
     scales_NX = fit_scales(weight_NK, torch.ones(K), levels_L, block)
@@ -142,7 +149,7 @@ def encode(weight_NK: Tensor, levels_L: Tensor, block: int) -> tuple[Tensor, Ten
         raise NotFiniteError
     rows, X = (0, -N % TILE), scales_NX.shape[1]
     scales_NX = F.pad(scales_NX, (0, -X % (BLOCK // block), *rows))
-    coding = ByteScales(scales_NX)
+    coding = WholeScales(scales_NX, most)
     scales_NX = coding.round(scales_NX)
     codes_NK = assign(weight_NK, scales_NX[:N, :X].contiguous(), levels_L, block)
     codes_NK = F.pad(codes_NK, (0, -X * block % BLOCK, *rows))
@@ -209,7 +216,10 @@ def learn_levels(samples: Sequence[Tensor], levels_L: Tensor, block: int) -> Ten
 
 
 def nearest(z: Tensor, levels_L: Tensor) -> Tensor:
-    """Index of the level nearest to each number, the lower one of two."""
+    """Index of the level nearest to each number, the lower one of two, or of more than 16 levels,
+    which are whole numbers, the even one."""
+    if (half := len(levels_L) // 2) > 8:
+        return z.clamp(-half, half - 1).round().long() + half
     return torch.bucketize(z.contiguous(), (levels_L[1:] + levels_L[:-1]) / 2)
 
 
@@ -298,24 +308,25 @@ def quantize_lut(
     weight_NK: Tensor, codec: Codec, hessian: Hessian | None = None
 ) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
     """Codes, scales, and with a Hessian the sums of squares of the error and of the weights in its
-    measure, of a bf16, fp16 or fp32 matrix, by ``LUT4`` or ``LUT3``.  Raises ``NotFiniteError`` and
-    ``NotPositiveError``."""
+    measure, of a bf16, fp16 or fp32 matrix, by a codec whose scales are ``fitted``.  Raises
+    ``NotFiniteError`` and ``NotPositiveError``."""
     block, levels_L = SCALES[codec.scales].block, torch.tensor(codec.levels, dtype=torch.float32)
+    most = 7 if codec.scales == "i4" else 127
     if hessian is None:
-        codes_NK, scales, squares = *encode(weight_NK, levels_L, block), None
+        codes_NK, scales, squares = *encode(weight_NK, levels_L, block, most), None
     else:
-        codes_NK, scales, squares = _encode(weight_NK, hessian, levels_L, block)
+        codes_NK, scales, squares = _encode(weight_NK, hessian, levels_L, block, most)
     return pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits), scales.cpu(), squares
 
 
 def _encode(
-    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int
+    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int, most: int
 ) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Codes on the CPU, the rest on the device of ``hessian``."""
     N, K = weight_NK.shape
     H_KK = hessian.damped
     w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
-    state = _State(w_KN, hessian, levels_L.to(H_KK), block)
+    state = _State(w_KN, hessian, levels_L.to(H_KK), block, most)
     state.feed_back()
     wanted_KN = H_KK @ w_KN
     gradient_KN = wanted_KN - H_KK @ state.q_KN
@@ -332,14 +343,16 @@ def _encode(
 class _State:
     """A matrix on its way: what its codes stand for, ``q``, and its scales by block."""
 
-    def __init__(self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, block: int):
+    def __init__(
+        self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, block: int, most: int
+    ) -> None:
         self._native = bindings.load() if w_KN.is_cpu else None
         self._w_KN, self._hessian, self._block = w_KN, hessian, block
         self.levels_L, self._starts = levels_L, starts_of(levels_L).to(levels_L)
         self._spans = [slice(at, at + block) for at in range(0, len(w_KN), block)]
         diagonal = hessian.damped.diagonal()
         first = [self._fit(w_KN[span], diagonal[span]) for span in self._spans]
-        self.coding = ByteScales(_ROOM * torch.stack(first, dim=-1))
+        self.coding = WholeScales(_ROOM * torch.stack(first, dim=-1), most)
         self.q_KN = torch.empty_like(w_KN)
         self.scales: list[Tensor] = []
 

@@ -18,7 +18,8 @@ from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, TILE, Codec
 @dataclass(frozen=True)
 class CodedWeight:
     """A [N, K] matrix in ``tiles16``: codes uint8, scales float16, uint8 or float8_e8m0fnu, levels
-    float32 [16] (8 levels stand twice).  Their shapes and dtypes say which codec it is."""
+    float32 [16] (8 levels stand twice, 4 four times; of more than 16 evenly spread ones).  Their
+    shapes and dtypes say which codec it is."""
 
     codes: Tensor
     scales: Tensor
@@ -29,8 +30,10 @@ class CodedWeight:
     def kind(self) -> int:
         """What the kernels call its codec."""
         bits = self.codes.shape[2] // (2 * BLOCK)
+        if self.scales.dtype == torch.uint8:
+            return KINDS[bits, "i4" if self.scales.shape[2] == TILE else "i8"]
         if self.scales.dtype != torch.float16:
-            return KINDS[bits, "i8" if self.scales.dtype == torch.uint8 else "e8m0"]
+            return KINDS[bits, "e8m0"]
         return KINDS[bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
 
     @property
@@ -53,13 +56,18 @@ class CodedWeight:
             scales = blocks.float().transpose(1, 2) * rows[..., None]
         else:
             scales = self.scales.float().reshape(tiles, -1, TILE).transpose(1, 2)
-        values = self.levels[codes.int()].view(tiles, TILE, scales.shape[2], -1) * scales[..., None]
+        low = max(0, self.codes.shape[2] // (2 * BLOCK) - 4)
+        levels = self.levels[(codes >> low).int()]
+        if low:
+            levels += codes & (1 << low) - 1
+        values = levels.view(tiles, TILE, scales.shape[2], -1) * scales[..., None]
         return values.view(tiles * TILE, columns)[:N, :K]
 
 
 def levels_of(codec: Codec) -> Tensor:
     """A codec's levels as a ``CodedWeight`` has them."""
-    return torch.tensor(codec.levels * (16 >> codec.bits), dtype=torch.float32)
+    levels = codec.levels * (16 >> codec.bits) or codec.levels[:: 1 << codec.bits - 4]
+    return torch.tensor(levels, dtype=torch.float32)
 
 
 def possible_scales(scales: Tensor) -> bool:
@@ -74,9 +82,12 @@ def possible_scales(scales: Tensor) -> bool:
 
 
 def _factors(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Of 8-bit scales the rows' factors, float32 [tiles, 16], and int8 [tiles, blocks, 16]."""
-    rows = scales[:, :2].view(torch.float32).reshape(-1, TILE)
-    return rows, scales[:, 2:].view(torch.int8).reshape(len(scales), -1, TILE)
+    """Of scales of 8 or 4 bits rows' factors, float32 [tiles, 16], and int8 [tiles, blocks, 16]."""
+    first = 4 * TILE // scales.shape[2]
+    rows, blocks = scales[:, :first].reshape(-1, 4 * TILE).view(torch.float32), scales[:, first:]
+    if first == 4:
+        blocks = (torch.stack([blocks & 15, blocks >> 4], dim=2) ^ 8) - 8  # modulo 256
+    return rows, blocks.view(torch.int8).reshape(len(scales), -1, TILE)
 
 
 def store(codes_NK: Tensor, scales_NX: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
@@ -95,8 +106,14 @@ def store(codes_NK: Tensor, scales_NX: Tensor, codec: Codec) -> tuple[Tensor, Te
 def unpack(codes: Tensor) -> Tensor:
     """uint8 [tiles, 16, columns], one code each, of the code tensor of a weight."""
     tiles, blocks, size = codes.shape
-    if size == 4 * 2 * BLOCK:
-        words = codes.view(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
+    bits = size // (2 * BLOCK)
+    if bits == 2:
+        return _unpack_plane(codes, 2)
+    if bits > 4:
+        upper, lower = codes.split([8 * BLOCK, size - 8 * BLOCK], dim=2)
+        return unpack(upper) << bits - 4 | _unpack_plane(lower, bits - 4)
+    if bits == 4:
+        words = codes.reshape(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
         pairs = torch.stack([words >> 4, words & 15], dim=3)  # tile, block, t, half, lane, i
     else:
         words = codes.view(tiles, 2 * blocks, 3, TILE, 4)  # tile, group, a, lane, i
@@ -107,8 +124,30 @@ def unpack(codes: Tensor) -> Tensor:
     return pairs.permute(0, 4, 1, 2, 3, 5).reshape(tiles, TILE, blocks * BLOCK)
 
 
+def _unpack_plane(codes: Tensor, bits: int) -> Tensor:
+    """``unpack`` of a plane of 2 bits, or of 1."""
+    tiles, blocks, size = codes.shape
+    words = codes.reshape(tiles, blocks, size // BLOCK, TILE, 1, 4)  # tile, block, g, lane, a, i
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
+    parts = words >> shifts & (1 << bits) - 1
+    return parts.permute(0, 3, 1, 2, 4, 5).reshape(tiles, TILE, blocks * BLOCK)
+
+
+def _pack_plane(codes: Tensor, bits: int) -> Tensor:
+    tiles, _, columns = codes.shape
+    parts = codes.reshape(tiles, TILE, columns // BLOCK, 2 * bits, 8 // bits, 4)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    packed = (parts << shifts).sum(4, dtype=torch.uint8)
+    return packed.permute(0, 2, 3, 1, 4).reshape(tiles, columns // BLOCK, 2 * BLOCK * bits)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """The code tensor of uint8 [tiles, 16, columns], one code each; columns a multiple of 64."""
+    if bits == 2:
+        return _pack_plane(codes, 2)
+    if bits > 4:
+        lower = _pack_plane(codes & (1 << bits - 4) - 1, bits - 4)
+        return torch.cat([pack(codes >> bits - 4, 4), lower], dim=2)
     tiles, _, columns = codes.shape
     # Four neighbouring columns move as one 32-bit word; no bit crosses a byte when shifted.
     words = codes.contiguous().view(torch.int32).view(tiles, TILE, columns // 32, 4, 2)

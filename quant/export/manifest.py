@@ -27,7 +27,7 @@ _Matrix = Annotated[list[_Size], Meta(min_length=2, max_length=2)]
 _Shape = Annotated[list[_Size], Meta(min_length=1, max_length=3)]
 _Dtype = Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
 _Level = Annotated[float, Meta(ge=-1e30, le=1e30)]
-_Levels = Annotated[list[_Level], Meta(min_length=8, max_length=16)]
+_Levels = Annotated[list[_Level], Meta(min_length=4, max_length=64)]
 _Codec = TypedDict("_Codec", {"bits": int, "block": int, "scales": str, "levels": _Levels})
 _Coded = TypedDict("_Coded", {"codec": str, "shape": _Matrix})
 _Projections = TypedDict("_Projections", {"gate_up": str, "down": str})
@@ -65,7 +65,7 @@ class Quantization(Struct):
     layout: Literal["tiles16"]
     codecs: dict[str, _Codec]
     experts: _Projections
-    resident: Literal["bf16", "int8", "mixed", "nf4"]
+    resident: Literal["bf16", "int8", "int6", "int5", "mixed", "nf4"]
     resident_codecs: dict[str, _Coded]
     report: _Report = _Report()
     calibration: str = ""
@@ -124,6 +124,8 @@ def _check_codecs(quantization: Quantization) -> None:
         numbers = [(level, math.copysign(1, level)) for level in array("f", levels)]
         ordered = all(low < high for low, high in pairwise(numbers))  # -0 before 0
         require(ordered, f"the levels of {what} are not in ascending order, each once")
+        whole = bits <= 4 or levels == list(range(-1 << bits - 1, 1 << bits - 1))
+        require(whole, f"the levels of {what} are not the whole numbers of {bits} bits")
     coded = {name: item["codec"] for name, item in quantization.resident_codecs.items()}
     for name, own in coded.items():  # kernels compute both in one go
         same = coded.get(name.replace("gate_proj", "up_proj"), own) == own

@@ -73,6 +73,10 @@ BAD_EXPORTS = {
     "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
     # what JSON tells apart and float32 does not
     "levels-equal-as-floats": (codec(levels=[*range(15), 14 + 1e-9]), "ascending"),
+    "levels-not-whole": (
+        codec(bits=5, scales="i8", block=32, levels=[*range(-16, 15), 16]),
+        "whole numbers of 5",
+    ),
     "codec-scales": (codec(scales="f8"), "scales"),
     "codec-missing": (signed("quantization", "codecs", value={}), "'nf4' is not in codecs"),
     "levels-infinite": (infinite_level, "levels"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -21,12 +21,13 @@ from tests.support.codes import SUFFIXES, values
 from tests.support.exported import resign
 from tests.support.oracle import relative
 from tests.support.tiny import random_weights, write_checkpoint
+from tests.support.twin import Twin, open_on
 
 ODD = {"hidden_size": 72, "moe_intermediate_size": 37, "intermediate_size": 50}
 IDS = [(7 * i) % 4096 for i in range(1, 41)]
 # Relative RMS of Gaussian weights, with the few rows and columns of these.
-ERRORS = {"nf4": 0.1, "lut4": 0.08, "lut3": 0.17}
-RESIDENT_OF = {"nf4": "nf4", "lut": "mixed"}
+ERRORS = {"nf4": 0.1, "lut4": 0.08, "lut3": 0.17, "lut2": 0.35}
+RESIDENT_OF = {("nf4", "4"): "nf4", ("lut", "2.5"): "int6", ("lut", "2"): "int5"}
 ROLES = {"down_proj": "down"}
 by_choice = pytest.mark.parametrize("choice", EXPERT_CODECS, ids="-".join)
 
@@ -41,7 +42,7 @@ def exports(tmp_path_factory):
         path = folder / "-".join(choice)
         if path not in made:
             codecs = EXPERT_CODECS[choice]
-            mode = RESIDENT_OF[choice[0]]
+            mode = RESIDENT_OF.get(choice, "mixed")
             made[path] = quantize(folder / "source", path, resident=mode, codecs=codecs)
         return path
 
@@ -153,3 +154,17 @@ def test_impossible_scales_are_refused_by_name(value, exports, tmp_path, slotmoe
             export.expert(layer, 4)
     code, out, err = slotmoe("verify", tmp_path / "bad")
     assert (code, "up_proj of expert 4" in out + err) == (1, True)
+
+
+@pytest.mark.usefixtures("twin")
+def test_a_gpu_multiplies_by_torch_what_its_kernels_lack(exports, monkeypatch):
+    path, twin, asked = exports(("lut", "2")), Twin(1), []
+    made = twin.backend
+    monkeypatch.setattr(twin, "backend", lambda how, *rest: asked.append(how) or made(how, *rest))
+    with open_on(path, twin, 6) as runtime:
+        found = runtime.logits(IDS)
+    with Runtime.open(path, context=64, kernels="torch") as runtime:
+        assert relative(found, runtime.logits(IDS)) < 1e-3
+    assert asked == ["torch"]
+    with pytest.raises(ConfigError, match="kernels triton: multiply no int5 and lut2"):
+        Runtime.open(path, kernels="triton")

@@ -268,7 +268,7 @@ def test_the_command_to_type_is_as_was_planned(planned, sample_export):
 
 @pytest.mark.parametrize(("most", "precision"), [(0, "mixed"), (1 << 40, "int8")])
 def test_plan_and_quantize_choose_alike(planned, slotmoe, tmp_path, monkeypatch, most, precision):
-    monkeypatch.setattr("slotmoe.offload.plan.advice.MOST_INT8", most)
+    monkeypatch.setattr("slotmoe.offload.plan.precision.MOST_INT8", most)
     write_checkpoint(tmp_path / "source", **SMALL)
     report = planned(tmp_path / "source", "--ram", "2GiB")
     assert report["resident"]["precision"] == precision

@@ -210,7 +210,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
 
 static void mlp(int64_t t, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), residual(t * h), others(t * h), gate(h);
-    for (int64_t kind = kInt8; kind <= kMxfp4; kind++) {
+    for (int64_t kind = kInt8; kind <= kInt6; kind++) {
         Weights in(kind, i, h), out(kind, h, i);
         const Mlp w{{in.matrix, in.matrix, out.matrix}, {kind % 2 ? 0.5f : 0.0f}, kind % 2 ? gate.p : nullptr};
         check(slotmoe_mlp(&w, x, t, nullptr, nullptr, y));
@@ -505,7 +505,7 @@ static void quantize(int64_t n, int64_t k) {
         const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
         if (status != 3) check(status);  // random bf16 may well exceed fp16
         check(slotmoe_quantize_int8(src, type, n, k, q, scale));
-        for (int64_t kind = kNf4; kind <= kMxfp4; kind++) {
+        for (int64_t kind = kNf4; kind <= kInt6; kind++) {
             const Weights weights(kind, n, k);
             check(slotmoe_coded_error(&weights.matrix, src, type, tile_sums));
         }
@@ -515,7 +515,7 @@ static void quantize(int64_t n, int64_t k) {
 
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
-    const Record record{h, i, t % 2 ? kLut3 : kMxfp4, k % 2 ? kLut4 : kInt4, t % 2, levels, levels,
+    const Record record{h, i, t % 2 ? kLut3 : kMxfp4, k % 2 ? kLut2 : kInt4, t % 2, levels, levels,
                         {0.5f, 1.7f, 1.0f}};
     const int64_t size = record_bytes(record), apart = (size + 63) / 64 * 64;
     Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
@@ -598,8 +598,8 @@ static void streams(int64_t t, int64_t m, int64_t d, int64_t window) {
 // Scales and codes of a table of levels.
 static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
     const int64_t columns = (n + 15) / 16 * 16, found = (k + block - 1) / block;
-    float levels[16], starts[] = {0.8f, -1.0f};
-    for (int i = 0; i < 16; i++) levels[i] = float(i - l / 2) / 7.5f;
+    float levels[64], starts[] = {0.8f, -1.0f};
+    for (int i = 0; i < 64; i++) levels[i] = float(i - l / 2) / 7.5f;
     Floats x(n * k), weights(k), scales(n * found), panel(block * columns), matrix(block * block),
         of_columns(columns), q(block * columns), errors(block * columns), ones(block);
     Array<uint8_t> codes(n * found * block);
@@ -694,12 +694,12 @@ static void all() {
         layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
     }
     for (int64_t block : {32, 64})
-        for (int64_t l : {8, 16}) encode(33, 70, l, block);
+        for (int64_t l : {4, 8, 16, 32, 64}) encode(33, 70, l, block);
     for (int64_t heads : {1, 5, 20})
         for (int64_t length : {0, 1, 64, 200}) lists(heads, 150, length, 70, 6);
     for (int64_t m : {1, 4})
         for (int64_t d : {1, 16, 70, 300}) streams(2, m, d, d % 9 + 1);
-    for (int64_t kind : {kInt8, kLut3, kF16})
+    for (int64_t kind : {kInt8, kLut3, kInt5, kF16})
         for (int64_t position : {0, 2, 3, 4, 7, 11, 30, 31, 127}) {
             compressed(kind, 4, true, position);
             compressed(kind, position % 2 ? 8 : 0, false, position);

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given
 
 from slotmoe.quant.codecs import encode
-from slotmoe.quant.codecs.codec import LUT3, LUT4
+from slotmoe.quant.codecs.codec import INT5, INT6, LUT2, LUT3, LUT4
 from slotmoe.quant.codecs.encode import Hessian, NotPositiveError
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.kernels.cpu import bindings
 from tests.support.kernels import by_each_set, needs_native, one_of, quick, seeds, sizes
 
-CODECS = (LUT4, LUT3)
+CODECS = (LUT4, LUT3, LUT2, INT5, INT6)
 
 
 def levels_tensor(codec):
@@ -90,7 +90,7 @@ def test_a_hessian_that_is_none_is_refused(value):
         encode.quantize_lut(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("codec", CODECS[:3], ids=lambda codec: codec.name)
 def test_learned_levels_cost_less_on_what_they_are_learned_of(codec):
     weight, given, errors = correlated(64, 256)[0] ** 3, levels_tensor(codec), []
     learned = encode.learn_levels([weight, 1e3 * weight.flip(0)], given, 32)

@@ -9,7 +9,7 @@ from slotmoe.quant.codecs.encode import nearest, quantize_lut, quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 
 # Of the tensor beside the codes.
-SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales", "e8m0": "scales"}
+SUFFIXES = {"f16": "absmax", **dict.fromkeys(("f16x2", "i8", "i4", "e8m0"), "scales")}
 
 
 def parts_of(codec, codes, scales, n, k):
@@ -18,10 +18,18 @@ def parts_of(codec, codes, scales, n, k):
     row, column = np.indices((n, k))
     tile, lane = row // 16, row % 16
     block, c = column // 64, column % 64
-    if codec["bits"] == 4:
-        byte = codes[tile, block, c // 8 * 64 + 4 * lane + c % 4]
+    bits, p = codec["bits"], 4 * lane + c % 4
+    if bits >= 4:
+        byte = codes[tile, block, c // 8 * 64 + p]
         code = np.where(c % 8 < 4, byte >> 4, byte & 15)
-    else:
+    if bits == 5:
+        lowest = codes[tile, block, 512 + c // 32 * 64 + p] >> c % 32 // 4
+        code = 2 * code + (lowest & 1)
+    elif bits in (2, 6):
+        byte = codes[tile, block, (512 if bits == 6 else 0) + c // 16 * 64 + p]
+        low = byte >> c % 16 // 4 * 2 & 3
+        code = 4 * code + low if bits == 6 else low
+    elif bits == 3:
         first = c // 32 * 192 + 4 * lane + c % 4
         a = c % 32 // 8
         highest = [codes[tile, block, first + 64 * which] >> 6 for which in range(3)]
@@ -37,9 +45,15 @@ def parts_of(codec, codes, scales, n, k):
         exponent = scales.view(np.uint8)[tile, block, c // 32 * 16 + lane].astype(int) - 127
         scale = np.ldexp(np.float32(1), exponent)
     else:
-        rows = np.ascontiguousarray(scales[:, :2]).view(np.float32).reshape(-1, 16)[tile, lane]
-        blocks = scales[:, 2:].view(np.int8)
-        scale = blocks[tile, block, c // 32 * 16 + lane].astype(np.float32)
+        first = 2 if codec["scales"] == "i8" else 4
+        factors = np.ascontiguousarray(scales[:, :first]).reshape(-1, 64).view(np.float32)
+        rows, blocks = factors[tile, lane], scales[:, first:]
+        if first == 2:
+            whole = blocks.view(np.int8)[tile, block, c // 32 * 16 + lane]
+        else:
+            half = np.where(c < 32, blocks[tile, block, lane] & 15, blocks[tile, block, lane] >> 4)
+            whole = np.where(half < 8, half, half.astype(int) - 16)
+        scale = whole.astype(np.float32)
     return code, scale, rows
 
 
@@ -62,8 +76,9 @@ def random_codes(rng, codec, n, k, size=1.0):
         scales[rng.random(shape) < 0.05] = 0  # a denormal
     else:
         scales = rng.integers(-127, 128, shape, dtype=np.int8).view(np.uint8)
-        rows = rng.uniform(0.5, 1, (shape[0], 2, 8)) * largest / 127
-        scales[:, :2] = rows.astype(np.float32).view(np.uint8)
+        rows = rng.uniform(0.5, 1, (shape[0], 16)) * largest / (8 if codec.scales == "i4" else 127)
+        first = 64 // shape[2]
+        scales[:, :first] = rows.astype(np.float32).view(np.uint8).reshape(-1, first, shape[2])
     parts = torch.from_numpy(codes), torch.from_numpy(scales)
     exact = values(codec.describe(), codes, scales, n, k).astype(np.float64)
     if codec.scales == "e8m0":

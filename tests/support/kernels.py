@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, INT5, INT6, LUT2, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
@@ -28,7 +28,7 @@ TWO_DIGITS = tuple(isa for isa in ISAS if isa.startswith("amx"))  # activations 
 
 NF4S = EXPERT_CODECS["nf4", "4"]
 CLAMPED = Activation(1.2, 1.702, 1.0)  # gpt-oss', but for its limit of 7
-CODECS = (NF4, LUT4, LUT3, INT4, MXFP4)
+CODECS = (NF4, LUT4, LUT3, INT4, MXFP4, LUT2, INT5, INT6)
 LEVELS = np.array(NF4.levels, dtype=np.float32)
 
 # Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the

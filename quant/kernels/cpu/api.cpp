@@ -52,7 +52,10 @@ Levels fit_levels(const float* levels, bool offsets) {
 }  // namespace
 
 // Held under the job: the last few level tables.
-const Levels& slotmoe::levels_for(const Isa& isa, const float* levels) {
+const Levels& slotmoe::levels_for(const Isa& isa, int64_t kind, const float* levels) {
+    static const Levels whole[] = {{{-16, -14, -12, -10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10, 12, 14}, 0.0f, 1.0},
+                                   {{-32, -28, -24, -20, -16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 28}, 0.0f, 1.0}};
+    if (const int low = low_bits(kind)) return whole[low - 1];
     struct Entry {
         bool used = false, fine;
         float key[16];
@@ -151,7 +154,7 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
                   const float* others, float* y) {
     const Matrix* w = mlp->matrix;
     const int64_t h = w[0].k, i = w[0].n, in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
-    const Levels levels = is_coded(w[0].kind) ? levels_for(isa, w[0].levels) : Levels{};
+    const Levels levels = is_coded(w[0].kind) ? levels_for(isa, w[0].kind, w[0].levels) : Levels{};
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
         const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);
@@ -265,7 +268,8 @@ void activate(const Isa& isa, const Record& record, const Expert& expert, int64_
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
                       int64_t k, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels &in_levels = levels_for(isa, record.gate_up_levels), &out_levels = levels_for(isa, record.down_levels);
+    const Levels& in_levels = levels_for(isa, record.gate_up, record.gate_up_levels);
+    const Levels& out_levels = levels_for(isa, record.down, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
     const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
     const Blocks x_blocks = scratch_blocks(job, kX, in_blocks, isa.fine);
@@ -317,7 +321,8 @@ struct Part {
 void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows,
                   const Part* parts, int64_t count, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels &in_levels = levels_for(isa, record.gate_up_levels), &out_levels = levels_for(isa, record.down_levels);
+    const Levels& in_levels = levels_for(isa, record.gate_up, record.gate_up_levels);
+    const Levels& out_levels = levels_for(isa, record.down, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
     const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);  // part by part, [B, rows] each
     double* x_factor = job.scratch<double>(kXFactor, rows);

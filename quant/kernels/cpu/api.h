@@ -40,7 +40,7 @@ inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, bool fine) {
 }
 
 const Isa& best_isa();
-const Levels& levels_for(const Isa& isa, const float* levels);  // valid for the job
+const Levels& levels_for(const Isa& isa, int64_t kind, const float* levels);  // valid for the job
 bool finite(const float* levels);
 
 // What body(job, isa) returns, kOk if that is nothing.
@@ -354,7 +354,7 @@ public:
             const float* bias = nullptr, Slot blocks = kX, Slot factor = kXFactor, int64_t groups = 1)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y), bias_(bias), groups_(groups) {
         if (!w.quantized()) return;
-        if (is_coded(w.kind)) levels_ = levels_for(isa, w.levels);
+        if (is_coded(w.kind)) levels_ = levels_for(isa, w.kind, w.levels);
         const int64_t size = up_to(w.k, kBlock);
         blocks_ = scratch_blocks(job, blocks, t * groups * size, isa.fine);
         factor_ = job.scratch<double>(factor, t * groups);

@@ -8,11 +8,13 @@ namespace {
 // Runs `body(encoder, begin, end)` over `tiles` of 16 rows.
 template <class Body>
 int encoding(int64_t l, int64_t block, int64_t n, int64_t k, const float* levels, Body body) {
-    bool valid = (l == 8 || l == 16) && (block == 32 || block == 64) && n >= 1 && k >= 1;
+    int of = 0;  // log2(l) - 2
+    while (of < 4 && 4 << of < l) of++;
+    bool valid = l == 4 << of && (block == 32 || block == 64) && n >= 1 && k >= 1;
     for (int64_t i = 0; valid && i < l; i++) valid = levels[i] - levels[i] == 0.0f;
     if (!valid) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Encoder& encoder = l == 8 ? isa.eight : isa.sixteen;
+        const Encoder& encoder = isa.encoders[of];
         job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) { body(encoder, begin, end); });
     });
 }

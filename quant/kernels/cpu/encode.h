@@ -1,7 +1,8 @@
 // Choosing scales and codes of a table of levels: weight = level * scale. 16 rows are 16 lanes, so that each row's sums
 // are taken in the order of its columns, without fused multiply-adds where bytes must not depend on the instruction set.
 //
-// Shapes: a panel [block, 16] holds `block` columns of 16 rows; N rows, K columns; L levels, ascending, 8 or 16 of them.
+// Shapes: a panel [block, 16] holds `block` columns of 16 rows; N rows, K columns; L levels, ascending, 4 to 64 of them.
+// 32 or 64 are the whole numbers from -L / 2.
 namespace slotmoe {
 namespace {
 
@@ -15,6 +16,11 @@ struct Grid {
         for (int i = 0; i + 1 < L; i++) middle[i] = (levels[i] + levels[i + 1]) / 2.0f;
     }
     F nearest(F z) const {
+        if constexpr (L > 16) {
+            const F least = Lanes::max(z, Lanes::broadcast(-L / 2)), shift = Lanes::broadcast(12582912.0f);
+            const F most = Lanes::min(least, Lanes::broadcast(L / 2 - 1));
+            return Lanes::add(Lanes::add(most, shift), Lanes::broadcast(-12582912.0f));  // as in round_even
+        }
         F v = Lanes::broadcast(level[0]);
 #pragma GCC unroll 16
         for (int i = 0; i + 1 < L; i++)
@@ -22,6 +28,7 @@ struct Grid {
         return v;
     }
     F code(F z) const {
+        if constexpr (L > 16) return Lanes::add(nearest(z), Lanes::broadcast(L / 2));
         F v = Lanes::zero();
 #pragma GCC unroll 16
         for (int i = 0; i + 1 < L; i++)
@@ -180,6 +187,11 @@ void descend(const float* gradient, int64_t n, const float* h, const float* scal
             spread(panel, change, h + j * block, j, block);
         }
     }
+}
+
+template <int L>
+constexpr Encoder encoder() {
+    return {fit_rows<L>, code_rows<L>, fit_columns<L>, feed_back<L>, descend<L>};
 }
 
 }  // namespace

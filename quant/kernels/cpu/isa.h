@@ -40,17 +40,22 @@ struct alignas(64) FineBlock {
 };
 
 // What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a code.
-enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kMxfp4 = 5, kF32 = 6, kF16 = 7, kBf16 = 8 };
+enum Kind : int64_t { kInt8, kNf4, kLut4, kLut3, kInt4, kMxfp4, kLut2, kInt5, kInt6, kF32, kF16, kBf16 };
+constexpr int kBits[] = {8, 4, 4, 3, 4, 4, 2, 5, 6};
 constexpr int64_t kFineColumns = 131072;  // whose sums of bytes by bytes 32 bits hold
-constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kMxfp4; }
+constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kInt6; }
+// Codes of more than 4 bits are whole numbers, in a plane of 4 bits and one of the rest.
+constexpr int low_bits(int64_t kind) { return kBits[kind] > 4 ? kBits[kind] - 4 : 0; }
 
 // Bytes of a tile of a coded matrix of so many blocks.
-constexpr int64_t code_bytes(int64_t kind, int64_t blocks) { return blocks * (kind == kLut3 ? 384 : 512); }
+constexpr int64_t code_bytes(int64_t kind, int64_t blocks) { return blocks * 128 * kBits[kind]; }
 constexpr int64_t scale_bytes(int64_t kind, int64_t blocks) {
-    return kind == kInt4 ? blocks * 64 : blocks * 32 + (kind == kNf4 || kind == kMxfp4 ? 0 : 64);
+    const int64_t each = kind == kInt4 ? 64 : kind == kLut2 ? 16 : 32;
+    return blocks * each + (kind == kNf4 || kind == kInt4 || kind == kMxfp4 ? 0 : 64);
 }
 
-// 16 levels of codes as integers: level = (q + offset) * step. Eight stand twice.
+// 16 levels of codes as integers: level = (q + offset) * step. Eight stand twice, four four times; of codes with two
+// planes those of the first, to which the second's numbers are added.
 struct Levels {
     int8_t q[16];
     float offset;
@@ -226,7 +231,7 @@ struct Isa {
 
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads every byte; the sum only keeps the compiler honest
 
-    Encoder eight, sixteen;  // levels
+    Encoder encoders[5];  // of 4, 8, 16, 32 and 64 levels
 };
 
 // Whether this processor computes 512 bits in two halves, as Zen 4 does, and its best instruction set is in use.

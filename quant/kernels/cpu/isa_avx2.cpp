@@ -94,6 +94,15 @@ struct Lanes {
         const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
         out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
     }
+    static void load_int4s(const uint8_t* p, F* out) {  // the low halves of 16 bytes, then the high ones
+        const auto wide = [&](const uint8_t* q) {
+            return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
+        };
+        const I v{wide(p), wide(p + 8)};
+        const I low{_mm256_slli_epi32(v.a, 28), _mm256_slli_epi32(v.b, 28)};
+        out[0] = to_float({_mm256_srai_epi32(low.a, 28), _mm256_srai_epi32(low.b, 28)});
+        out[1] = to_float({_mm256_srai_epi32(v.a, 4), _mm256_srai_epi32(v.b, 4)});
+    }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -176,6 +185,14 @@ struct Lanes {
         const __m256i a = part(codes), b = part(codes + 32);
         first = {level(a), level(b)};
         second = {level(_mm256_srli_epi16(a, 3)), level(_mm256_srli_epi16(b, 3))};
+    }
+    static W plane(const uint8_t* codes) { return {bytes(codes), bytes(codes + 32)}; }  // of fewer bits
+    static W shifted(W v, int bits) { return {_mm256_srli_epi16(v.a, bits), _mm256_srli_epi16(v.b, bits)}; }
+    static W at(Table table, W codes) {
+        return {_mm256_shuffle_epi8(table, low_bits(codes.a, 15)), _mm256_shuffle_epi8(table, low_bits(codes.b, 15))};
+    }
+    static void add_low(W& w, W bits, int mask) {
+        w = {_mm256_add_epi8(w.a, low_bits(bits.a, char(mask))), _mm256_add_epi8(w.b, low_bits(bits.b, char(mask)))};
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -90,6 +90,10 @@ struct Lanes {
         out[0] = to_float(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(pair)));
         out[1] = to_float(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(pair, 1)));
     }
+    static void load_int4s(const uint8_t* p, F* out) {  // the low halves of 16 bytes, then the high ones
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        out[0] = to_float(_mm512_srai_epi32(_mm512_slli_epi32(wide, 28), 28)), out[1] = to_float(_mm512_srai_epi32(wide, 4));
+    }
     static F exponent(__m128i bytes) {
         const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
         return _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(kExponents)));
@@ -154,6 +158,16 @@ struct Lanes {
 #else
         second = at(table, _mm512_srli_epi16(c, 3));
 #endif
+    }
+    // 64 bytes of a plane of fewer bits.
+    static W plane(const uint8_t* codes) {
+        __m512i c = _mm512_loadu_si512(codes);
+        asm("" : "+v"(c));  // as above
+        return c;
+    }
+    static W shifted(W v, int bits) { return _mm512_srli_epi16(v, unsigned(bits)); }
+    static void add_low(W& w, W bits, int mask) {
+        w = _mm512_add_epi8(w, _mm512_and_si512(bits, _mm512_set1_epi8(char(mask))));
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

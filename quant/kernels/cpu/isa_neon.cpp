@@ -81,8 +81,8 @@ struct Lanes {
     static F load_bf16(const uint16_t* p) {
         return floats([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
     }
-    static F load_int8(const int8_t* p) {
-        const int8x16_t q = vld1q_s8(p);
+    static F load_int8(const int8_t* p) { return widened(vld1q_s8(p)); }
+    static F widened(int8x16_t q) {
         const int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_high_s8(q);
         return to_float({{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
                           vmovl_high_s16(high)}});
@@ -90,6 +90,10 @@ struct Lanes {
     static void load_int8s(const uint8_t* p, F* out) {  // twice 16
         const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
         out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
+    }
+    static void load_int4s(const uint8_t* p, F* out) {  // the low halves of 16 bytes, then the high ones
+        const int8x16_t q = vreinterpretq_s8_u8(vld1q_u8(p));
+        out[0] = widened(vshrq_n_s8(vshlq_n_s8(q, 4), 4)), out[1] = widened(vshrq_n_s8(q, 4));
     }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
@@ -155,6 +159,18 @@ struct Lanes {
             first.v[i] = vqtbl1q_s8(table, vandq_u8(c, vdupq_n_u8(7)));
             second.v[i] = vqtbl1q_s8(table, vandq_u8(vshrq_n_u8(c, 3), vdupq_n_u8(7)));
         }
+    }
+    static W plane(const uint8_t* codes) { return weights(reinterpret_cast<const int8_t*>(codes)); }  // of fewer bits
+    static W shifted(const W& w, int bits) {
+        const int8x16_t by = vdupq_n_s8(int8_t(-bits));
+        return bytes([&](int i) { return vreinterpretq_s8_u8(vshlq_u8(vreinterpretq_u8_s8(w.v[i]), by)); });
+    }
+    static int8x16_t masked(int8x16_t bits, int mask) { return vandq_s8(bits, vdupq_n_s8(int8_t(mask))); }
+    static W at(Table table, const W& codes) {
+        return bytes([&](int i) { return vqtbl1q_s8(table, vreinterpretq_u8_s8(masked(codes.v[i], 15))); });
+    }
+    static void add_low(W& w, const W& bits, int mask) {
+        for (int i = 0; i < 4; i++) w.v[i] = vaddq_s8(w.v[i], masked(bits.v[i], mask));
     }
     static void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
     static void prefetch_to_l1(const void* p) { __builtin_prefetch(p, 0, 3); }

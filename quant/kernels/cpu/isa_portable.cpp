@@ -99,6 +99,9 @@ struct Lanes {
         const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
         out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
     }
+    static void load_int4s(const uint8_t* p, F* out) {  // the low halves of 16 bytes, then the high ones
+        for (int i = 0; i < 16; i++) out[0].v[i] = float(((p[i] & 15) ^ 8) - 8), out[1].v[i] = float((p[i] >> 4 ^ 8) - 8);
+    }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
         F r;
@@ -150,6 +153,10 @@ struct Lanes {
             first.v[i] = table.v[c & 7], second.v[i] = table.v[c >> 3 & 7];
         }
     }
+    static W plane(const uint8_t* codes) { return weights(reinterpret_cast<const int8_t*>(codes)); }  // of fewer bits
+    static W shifted(W w, int bits) { for (int8_t& v : w.v) v = int8_t(uint8_t(v) >> bits); return w; }
+    static W at(const Table& table, W codes) { for (int8_t& v : codes.v) v = table.v[v & 15]; return codes; }
+    static void add_low(W& w, const W& bits, int mask) { for (int i = 0; i < 64; i++) w.v[i] += int8_t(bits.v[i] & mask); }
     static void prefetch(const void*) {}
     static void prefetch_to_l1(const void*) {}
     static void prefetch_to_l2(const void*) {}

@@ -42,6 +42,11 @@ struct ByteScales {
     static void load(const uint8_t* p, F* out) { Lanes::load_int8s(p, out); }
     static constexpr int kRows = 64;
 };
+struct NibbleScales {  // of 32 in 4 bits: low halves of bytes are of the first 32 columns
+    static constexpr int kParts = 2, kSums = 2, kBytes = kTile;
+    static void load(const uint8_t* p, F* out) { Lanes::load_int4s(p, out); }
+    static constexpr int kRows = 64;
+};
 // Of 32 in 8 bits that are a float's exponent. One multiplication less than 64 columns with a scale of their own take.
 struct ExponentScales {
     static constexpr int kParts = 2, kSums = 1, kBytes = 2 * kTile;
@@ -52,16 +57,24 @@ struct ExponentScales {
 template <int Bits, class Scales>
 struct CodedTile {
     static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts, kSums = Scales::kSums;
+    static constexpr int kLow = Bits == 2 ? 2 : Bits > 4 ? Bits - 4 : 0;  // bits of the plane with fewer than 4
     static constexpr int kAhead = kPrefetch / kBytes;
     const uint8_t *codes, *scales;
     Lanes::Table table;
     bool past;  // past_l2()
 
     void pair(int t, W& first, W& second) const {
-        if constexpr (Bits == 4)
-            Lanes::lookup(codes + 64 * t, table, first, second);
-        else
-            Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
+        if constexpr (Bits == 3) return Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
+        if constexpr (Bits >= 4) Lanes::lookup(codes + 64 * t, table, first, second);
+        if constexpr (kLow > 0) {
+            constexpr int kEach = 4 / kLow, kMask = (1 << kLow) - 1;
+            const uint8_t* plane = codes + (Bits == 2 ? 0 : 512) + 64 * (t / kEach);
+            const W low = Lanes::shifted(Lanes::plane(plane), 2 * kLow * (t % kEach)), next = Lanes::shifted(low, kLow);
+            if constexpr (Bits == 2)
+                first = Lanes::at(table, low), second = Lanes::at(table, next);
+            else
+                Lanes::add_low(first, low, kMask), Lanes::add_low(second, next, kMask);
+        }
     }
     void load_scales(F* out) const { Scales::load(scales, out); }
     static F number(const Lanes::I& dot, F scale) {
@@ -279,6 +292,9 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const void* blocks,
     if (w.kind == kInt4) return coded_tiles_of<4, HalfScales<2>>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kMxfp4) return coded_tiles_of<4, ExponentScales>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kLut4) return coded_tiles_of<4, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kLut2) return coded_tiles_of<2, NibbleScales>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kInt5) return coded_tiles_of<5, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kInt6) return coded_tiles_of<6, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
     coded_tiles_of<3, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
 }
 

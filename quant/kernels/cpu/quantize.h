@@ -125,20 +125,26 @@ inline void unpack_codes(int64_t kind, const uint8_t* in, uint8_t (*codes)[kBloc
         memcpy(&w, in + 64 * at + 4 * lane, 4);
         return w;
     };
-    const bool three = kind == kLut3;
-    const uint32_t mask = three ? 0x07070707 : 0x0f0f0f0f;
+    const int bits = kBits[kind], low = bits == 2 ? 2 : bits > 4 ? bits - 4 : 0, each = low ? 4 / low : 0;
+    const uint32_t mask = 0x01010101u * uint32_t((1 << (bits > 4 ? 4 : bits)) - 1);
     for (int t = 0; t < 8; t++)
         for (int lane = 0; lane < kTile; lane++) {
             const int group = t / 4 * 3;
             uint32_t both;
-            if (!three)
+            if (bits == 2)
+                both = word(t / 2, lane) >> t % 2 * 4;
+            else if (bits != 3)
                 both = word(t, lane);
             else if (t % 4 < 3)
                 both = word(group + t % 4, lane);
             else
                 both = (word(group, lane) >> 6 & 0x03030303) | (word(group + 1, lane) >> 4 & 0x0c0c0c0c) |
                        (word(group + 2, lane) >> 2 & 0x30303030);
-            const uint32_t first = (three ? both : both >> 4) & mask, second = (three ? both >> 3 : both) & mask;
+            uint32_t first = (bits < 4 ? both : both >> 4) & mask, second = (bits < 4 ? both >> bits : both) & mask;
+            if (bits > 4) {
+                const uint32_t rest = word(8 + t / each, lane) >> t % each * 2 * low, ones = 0x01010101u * ((1u << low) - 1);
+                first = first << low | (rest & ones), second = second << low | (rest >> low & ones);
+            }
             memcpy(codes[lane] + 8 * t, &first, 4);
             memcpy(codes[lane] + 8 * t + 4, &second, 4);
         }
@@ -161,10 +167,13 @@ inline void load_scales(const CodedMatrix& w, int64_t tile, int64_t b, float (*s
             Lanes::store(scales[half], Lanes::times(Lanes::start(1), exponents[half]));
         return;
     }
-    const typename Lanes::F rows = Lanes::load(reinterpret_cast<const float*>(p));
+    Lanes::F of_block[2];
+    if (w.kind == kLut2)
+        Lanes::load_int4s(p + 64 + 16 * b, of_block);
+    else
+        Lanes::load_int8s(p + 64 + 32 * b, of_block);
     for (int half = 0; half < 2; half++)
-        Lanes::store(scales[half], Lanes::mul(rows, Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 64 +
-                                                                     32 * b + 16 * half)));
+        Lanes::store(scales[half], Lanes::mul(Lanes::load(reinterpret_cast<const float*>(p)), of_block[half]));
 }
 
 void coded_error(const void* src, Source type, int64_t k, const float* levels, const CodedMatrix& w, int64_t begin,
@@ -181,10 +190,12 @@ void coded_error(const void* src, Source type, int64_t k, const float* levels, c
                 alignas(64) float v[kBlock], out[kBlock];
                 alignas(64) int32_t code[kBlock];
                 load_source(src, type, (tile * kTile + lane) * k + b * kBlock, columns, v);
-                for (int i = 0; i < kBlock; i++) code[i] = codes[lane][i];
+                const int low = low_bits(w.kind);
+                for (int i = 0; i < kBlock; i++) code[i] = codes[lane][i] >> low;
+                for (int i = 0; i < kBlock; i++) out[i] = float(codes[lane][i] & ((1 << low) - 1));
                 for (int i = 0; i < kBlock; i += 16) {
-                    const typename Lanes::F scale = Lanes::broadcast(scales[i / 32][lane]);
-                    Lanes::store(out + i, Lanes::mul(Lanes::pick(levels, code + i), scale));
+                    const typename Lanes::F level = Lanes::add(Lanes::pick(levels, code + i), Lanes::load(out + i));
+                    Lanes::store(out + i, Lanes::mul(level, Lanes::broadcast(scales[i / 32][lane])));
                 }
                 for (int64_t i = columns; i < kBlock; i++) out[i] = 0;  // codes of the padding mean nothing
                 squares.add(v, out);

@@ -36,8 +36,7 @@ extern const Isa SLOTMOE_ISA = {
     gated,            mla_queries,   mla_pack,
     mla_chunks,       mla_merge,     mla_scratch, index_scores,       store_latent,
     quantize_nf4,     quantize_int8, coded_error, int8_error,         read_memory,
-    {fit_rows<8>, code_rows<8>, fit_columns<8>, feed_back<8>, descend<8>},
-    {fit_rows<16>, code_rows<16>, fit_columns<16>, feed_back<16>, descend<16>},
+    {encoder<4>(), encoder<8>(), encoder<16>(), encoder<32>(), encoder<64>()},
 };
 
 }  // namespace slotmoe

@@ -30,8 +30,8 @@ from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 
-# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
-_INT8, _DENSE = 0, 6
+# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 9 + its source type.
+_INT8, _DENSE = 0, 9
 _SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 

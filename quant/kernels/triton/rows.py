@@ -21,7 +21,7 @@ LUT4 = tl.constexpr(2)
 LUT3 = tl.constexpr(3)
 INT4 = tl.constexpr(4)
 MXFP4 = tl.constexpr(5)
-DENSE = tl.constexpr(6)  # row-major float32 or bfloat16
+DENSE = tl.constexpr(9)  # row-major float32 or bfloat16
 NONE = tl.constexpr(-1)  # no weights
 BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of codes
 
