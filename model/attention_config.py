@@ -15,14 +15,14 @@ MAX_INT = 1 << 31
 Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
 _NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
-_Width = Annotated[int, Meta(ge=1, le=1 << 16)]
-_Heads = Annotated[int, Meta(ge=1, le=4096)]
+Width = Annotated[int, Meta(ge=1, le=1 << 16)]
+Heads = Annotated[int, Meta(ge=1, le=4096)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
 _LayerType = Literal[
     "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 ]
-_GroupedType = Literal["full_attention", "sliding_attention", "linear_attention"]
+GroupedType = Literal["full_attention", "sliding_attention", "linear_attention"]
 _RATIOS = dict(zip(get_args(_LayerType), (0, 4, 128), strict=True))
 """Positions that become one, by transformers' name of such a layer."""
 
@@ -62,7 +62,7 @@ class IndexerConfig(Struct, frozen=True, rename=lambda name: f"index_{name}"):
     ``full`` says of each layer whether it has its own, else it takes the choice of the layer
     before.  ``halves``: what is rotated are two halves, not pairs side by side."""
 
-    n_heads: _Heads
+    n_heads: Heads
     head_dim: _Size
     topk: _Size
     full: tuple[bool, ...]
@@ -74,39 +74,44 @@ class CompressedConfig(Struct, frozen=True):
     overlapping windows and of which an indexer picks, 128, or 0 for none.  Each layer also attends
     to the last ``sliding_window`` positions.  ``rope`` is that of layers with a ratio."""
 
-    head_dim: _Width
+    head_dim: Width
     sliding_window: _Size
-    o_groups: _Heads
+    o_groups: Heads
     o_lora_rank: _Size
     ratios: tuple[int, ...]
     rope: Rope
 
 
 class GroupedConfig(Struct, frozen=True):
-    """Grouped-query attention: ``windows`` says of each layer how many tokens each one sees, 0 for
-    all, -1 where a layer has a delta rule instead; ``biased`` and ``qk_norm`` are as in ``Family``,
-    ``qk_norm`` never a key."""
+    """Grouped-query attention: ``biased`` and ``qk_norm`` are as in ``Family``, ``qk_norm`` never a
+    key."""
 
-    groups: _Heads
-    head_dim: _Width
-    windows: tuple[int, ...]
+    groups: Heads
+    head_dim: Width
     biased: str
     qk_norm: str
 
 
 class DeltaConfig(Struct, frozen=True, rename=lambda name: f"linear_{name}"):
-    """A gated delta rule: heads of keys, which queries share, and of values, and their widths."""
+    """A gated delta rule: heads of keys, which queries share, and of values, and their widths.
+    Where each channel of a key decays by itself, two projections are of ``latent`` values."""
 
-    num_key_heads: _Heads
-    num_value_heads: _Heads
-    key_head_dim: _Width
-    value_head_dim: _Width
+    num_key_heads: Heads
+    num_value_heads: Heads
+    key_head_dim: Width
+    value_head_dim: Width
+    latent: int = 0
+
+    @property
+    def decays(self) -> int:
+        """Numbers that say how much of all heads decays."""
+        return self.num_value_heads * (self.key_head_dim if self.latent else 1)
 
     @property
     def columns(self) -> int:
-        """What a token gives to the rule: queries, keys, values, and two numbers a value head."""
+        """What a token gives to the rule: queries, keys, values, a number a value head, decays."""
         keys = 2 * self.num_key_heads * self.key_head_dim
-        return keys + self.num_value_heads * (self.value_head_dim + 2)
+        return keys + self.num_value_heads * (self.value_head_dim + 1) + self.decays
 
     @property
     def state_values(self) -> int:
@@ -155,9 +160,9 @@ _Ropes = TypedDict("_Ropes", {"main": _MainRope, "compress": Json})
 class _KeysOfHub(Struct):
     """What a ``config.json`` of V4 in the words of transformers 5 says in its own way."""
 
-    head_dim: _Width
+    head_dim: Width
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
-    qk_rope_head_dim: _Width | None = None
+    qk_rope_head_dim: Width | None = None
     partial_rotary_factor: _Share | None = None
     layer_types: list[_LayerType] | None = None
     compress_rates: _Rates | None = None
@@ -170,16 +175,16 @@ class _KeysOfGroups(Struct):
 
     hidden_size: _Size
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
-    num_attention_heads: _Heads
-    num_key_value_heads: _Heads
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
     moe_intermediate_size: _Size
-    head_dim: _Width | None = None
-    rotary_dim: _Width | None = None
+    head_dim: Width | None = None
+    rotary_dim: Width | None = None
     partial_rotary_factor: _Share | None = None
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = 0
-    layer_types: list[_GroupedType] | None = None
+    layer_types: list[GroupedType] | None = None
     full_attention_interval: Annotated[int, Meta(ge=2, le=1000)] = 4  # others are linear
     decoder_sparse_step: Annotated[int, Meta(ge=1, le=1000)] = 1
     mlp_only_layers: list[int] | None = None
@@ -343,7 +348,7 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     qk_norm = family.qk_norm
     if qk_norm not in ("", "head", "row"):
         qk_norm = "head" if values.get(qk_norm) else ""
-    grouped = GroupedConfig(of.num_key_value_heads, width, _windows(of, family), biased, qk_norm)
+    grouped = GroupedConfig(of.num_key_value_heads, width, biased, qk_norm)
     step, first, last = of.decoder_sparse_step, of.moe_layer_start_index, of.moe_layer_end_index
     layers = range(of.num_hidden_layers)
     sparse = {*layers[first : last + 1 or None]} - {*(of.mlp_only_layers or ())}
@@ -352,6 +357,7 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     limit = usual.limit if of.swiglu_limit is None else of.swiglu_limit
     activation = Activation(limit, of.swiglu_alpha or usual.alpha, usual.offset)
     parts = {"grouped": grouped, "dense_layers": dense, "activation": activation}
+    parts["windows"] = _windows(of, family)
     if family.delta:
         parts["delta"] = typed(values, DeltaConfig)
         check_multiple(values, "linear_num_value_heads", "linear_num_key_heads")
@@ -369,7 +375,7 @@ KINDS = {
 def _windows(of: _KeysOfGroups, family: Family) -> tuple[int, ...]:
     """The window of each layer, 0 for all tokens, -1 for a delta rule."""
     layers, types, window = of.num_hidden_layers, of.layer_types, of.sliding_window
-    other: _GroupedType = "linear_attention" if family.delta else "sliding_attention"
+    other: GroupedType = "linear_attention" if family.delta else "sliding_attention"
     if types is None and family.delta:
         types = [other] * layers
         step = of.full_attention_interval

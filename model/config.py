@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from msgspec import Meta, structs
+from msgspec import Meta, Struct, structs
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, ReadFile, parse_json, read_json, typed
@@ -88,6 +88,7 @@ class Config(ConfigKeys):
     compressed: attention.CompressedConfig | None = None
     grouped: attention.GroupedConfig | None = None
     delta: attention.DeltaConfig | None = None
+    windows: tuple[int, ...] = ()  # by layer; see ``window``
     hyper: attention.HyperConnections | None = None
     dense_layers: tuple[int, ...] = ()  # beside the first ones and those between
     num_hash_layers: int = 0  # the first ones choose experts by token id
@@ -119,15 +120,13 @@ class Config(ConfigKeys):
 
     def alone(self, layer: int) -> "Config":
         """A model of ``layer`` only, its first."""
-        indexer, compressed, grouped = self.indexer, self.compressed, self.grouped
+        indexer, compressed = self.indexer, self.compressed
         if indexer is not None:
             indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
             compressed = structs.replace(compressed, ratios=(self.ratio(layer),))
-        if grouped is not None:
-            grouped = structs.replace(grouped, windows=(self.window(layer),))
-        one = replace(self, num_hidden_layers=1, mtp=False, dense_layers=(), grouped=grouped)
-        one = replace(one, indexer=indexer, compressed=compressed)
+        one = replace(self, num_hidden_layers=1, mtp=False, dense_layers=())
+        one = replace(one, indexer=indexer, compressed=compressed, windows=(self.window(layer),))
         dense, hashed = int(not self.is_moe(layer)), int(layer < self.num_hash_layers)
         return replace(one, first_k_dense_replace=dense, num_hash_layers=hashed)
 
@@ -149,9 +148,8 @@ class Config(ConfigKeys):
         return ratios[layer] if layer < len(ratios) else 0
 
     def window(self, layer: int) -> int:
-        """How many tokens each one sees in ``layer`` of grouped queries; 0: all, -1: none."""
-        windows = () if self.grouped is None else self.grouped.windows
-        return windows[layer] if layer < len(windows) else 0
+        """How many tokens each one sees in ``layer``; 0: all, -1: none, but it has a delta rule."""
+        return self.windows[layer] if layer < len(self.windows) else 0
 
     def has_delta(self, layer: int) -> bool:
         """Whether ``layer`` has a delta rule."""
@@ -177,6 +175,17 @@ class Config(ConfigKeys):
         return ["only the text part of this model is used"] if self.text_only else []
 
 
+class _Channels(Struct, forbid_unknown_fields=True):
+    """What a ``config.json`` says of a delta rule by channel: 1 is the first layer."""
+
+    num_heads: attention.Heads
+    head_dim: attention.Width
+    kda_layers: list[int]
+    full_attn_layers: list[int]
+    short_conv_kernel_size: Literal[4] = 4
+
+
+_Layers = TypedDict("_Layers", {"layer_types": list[attention.GroupedType]})
 _Wrapper = TypedDict("_Wrapper", {"text_config": Json})
 _TokenIds = TypedDict("_TokenIds", {"bos_token_id": _Ends, "eos_token_id": _Ends}, total=False)
 # With these, the keys that don't change what the network computes or are read below.
@@ -187,7 +196,7 @@ _KNOWN_KEYS = {*ConfigKeys.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_K
     topk_method num_mtp_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings
     index_share_for_mtp_iteration indexer_rope_interleave moe_router_dtype expert_dtype
     router_aux_loss_coef router_jitter_noise use_mtp num_mtp_modules mtp_transformer_layers
-    experts_per_token initial_context_length""".split()
+    experts_per_token initial_context_length linear_num_heads linear_head_dim""".split()
 )
 
 
@@ -252,6 +261,7 @@ def _config_of(given: Json, family: Family, text_only: bool) -> Config:
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
         **parts_of(values, family),
+        **(_parts_of_channels(values) if family.by_channel else {}),
         encoding=parse_encoding(given),
         text_only=text_only,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS - known)),
@@ -287,6 +297,8 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
         supported["indexer_rope_interleave"] = (not family.index_halves, None)
     if family.attention == "latent":  # which has one key a head
         supported["num_key_value_heads"] = (values.get("num_attention_heads"), None)
+        if family.delta:
+            del supported["linear_attn_config"]
     if family.attention == "grouped":
         switches = family.bias_key * bool(family.biased), family.qk_norm
         supported |= dict.fromkeys(filter(None, switches), (True, False, None))
@@ -295,6 +307,22 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
         if key in values and values[key] not in allowed:
             only = " or ".join(map(json.dumps, allowed))
             raise ValueError(f"{key} {json.dumps(values[key])[:80]} is not supported, only {only}")
+
+
+def _parts_of_channels(values: Json) -> Json:
+    given, layers = values.get("linear_attn_config"), range(1, 1 + values["num_hidden_layers"])
+    if given is None:  # but in the words of transformers 5
+        given = {key: values.get(f"linear_{key}") for key in ("num_heads", "head_dim")}
+        types = [*enumerate(typed(values, _Layers)["layer_types"], 1)]
+        for key, kind in ("kda_layers", "linear_attention"), ("full_attn_layers", "full_attention"):
+            given[key] = [at for at, name in types if name == kind]
+    of = typed(given, _Channels, "linear_attn_config")
+    if sorted(of.kda_layers + of.full_attn_layers) != [*layers]:
+        said = f"{of.kda_layers!r:.80} and {of.full_attn_layers!r:.80}"
+        raise ValueError(f"kda_layers and full_attn_layers are {said}, expected 1 to {layers[-1]}")
+    heads, width = of.num_heads, of.head_dim
+    delta = attention.DeltaConfig(heads, heads, width, width, latent=width)
+    return {"delta": delta, "windows": tuple(-(at in of.kda_layers) for at in layers)}
 
 
 def _dense_layers(values: Json) -> int:

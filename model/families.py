@@ -1,7 +1,7 @@
 """The model families that this network computes, and in what they differ.
 
 All have routed experts behind a gate, and one of three kinds of attention: Multi-head Latent
-Attention, that of DeepSeek-V4, or grouped queries, which may take turns with a gated delta rule.
+Attention, that of DeepSeek-V4, or grouped queries.  A gated delta rule may stand in its place.
 What differs is data: a row of ``FAMILIES`` says how the gate scores and chooses, and what fits it
 in ``config.json``.
 """
@@ -27,15 +27,16 @@ class Family(NamedTuple):
     ``biased`` are the projections that have biases where the key ``bias_key`` is true, or always
     without one, ``qk_norm`` says whether queries and keys are normed by ``head`` or by ``row``, or
     names the key that says whether they are by head, ``norm_last`` that it is behind their
-    rotation, ``rotated`` how much of a head that is, if no key says it, ``ntk_alpha`` that dynamic
-    RoPE's base is stretched by a fixed alpha, and ``sinks`` that softmax counts one score more.
+    rotation, ``ntk_alpha`` that dynamic RoPE's base is stretched by a fixed alpha, and ``sinks``
+    that softmax counts one score more.  ``rotated`` is how much of a head is, if no key says it.
     ``delta``: some layers have a gated delta rule instead; ``by_key_head``: one matrix gives all
-    that it takes in, key head by key head.  ``output_gate``: ``q_proj`` also gives what gates each
-    head's output.  ``norms_less_one``: norms are stored as what they are more than 1.
-    ``logit_bias``: the gate's logits have biases.  ``shared_gate``: the
-    shared expert's output has a gate of its own.  ``expert_biases``: experts' projections have
-    biases; ``interleaved``: rows of their gate and up take turns, all experts of a layer in one
-    tensor; ``activation``: what becomes of these, if no key says it.
+    that it takes in, key head by key head; ``by_channel``: each channel of a key decays by itself.
+    ``output_gate``: ``q_proj`` also gives what gates each head's output.
+    ``norms_less_one``: norms are stored as what they are more than 1.  ``logit_bias``: the gate's
+    logits have biases.  ``shared_gate``: the shared expert's output has a gate of its own.
+    ``expert_biases``: experts' projections have biases; ``interleaved``: rows of their gate and up
+    take turns, all experts of a layer in one tensor; ``activation``: what becomes of these, if no
+    key says it.
 
     ``words`` are its keys of ``config.json`` for those of DeepSeek's, and ``values`` what keys must
     say, if they are there; ``names`` are its parts of tensors' names for those of
@@ -64,6 +65,7 @@ class Family(NamedTuple):
     sinks: bool = False
     delta: bool = False
     by_key_head: bool = False
+    by_channel: bool = False
     output_gate: bool = False
     norms_less_one: bool = False
     logit_bias: bool = False
@@ -99,6 +101,10 @@ _DELTA = _SOFTMAX._replace(
     values=(*_UNSCALED, ("attn_output_gate", True), ("linear_conv_kernel_dim", 4),
             ("mamba_ssm_dtype", "float32"), ("output_gate_type", "swish")),
 )  # fmt: skip
+_WORDS = ("w1", "gate"), ("w2", "down"), ("w3", "up")
+_KDA = {"A_log": "A_log", "dt_bias": "dt_bias", "b_proj.": "in_proj_b.", "o_norm.": "norm."}
+_KDA |= {"f_a_proj.": "in_proj_a_latent.", "f_b_proj.": "in_proj_a."}
+_KDA |= {"g_a_proj.": "in_proj_z_latent.", "g_b_proj.": "in_proj_z."}
 FAMILIES = {
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM", topk_methods=("greedy", "group_limited_greedy"), scoring="softmax",
@@ -154,6 +160,22 @@ FAMILIES = {
     "qwen3_5_moe_text": _DELTA._replace(
         architecture="Qwen3_5MoeForCausalLM", values=(*_DELTA.values, _NORMALIZED),
     ),
+    "kimi_linear": _V3._replace(
+        architecture="KimiLinearForCausalLM", delta=True, by_channel=True, rotated=0.0,
+        words=(_EXPERTS, ("num_experts_per_token", "num_experts_per_tok"),
+               ("num_shared_experts", "n_shared_experts"), ("num_expert_group", "n_group"),
+               ("moe_renormalize", "norm_topk_prob"),
+               ("moe_router_activation_func", "scoring_func"),
+               ("model_max_length", "max_position_embeddings")),
+        values=(("mla_use_nope", True), ("use_grouped_topk", True), ("linear_conv_kernel_dim", 4),
+                ("num_nextn_predict_layers", 0)),
+        names=(*((f"{of}.{ours}_proj.", f"{of}.{word}.")  # these say it as we do
+                 for of in ("mlp", "shared_experts") for word, ours in _WORDS),
+               *((f"block_sparse_moe.{of}.", f"mlp.{of}.")
+                 for of in ("gate", "experts", "shared_experts")),
+               *((f".{word}.", f".{ours}_proj.") for word, ours in _WORDS),
+               *((f"self_attn.{word}", f"linear_attn.{ours}") for word, ours in _KDA.items())),
+    ),
     "dots1": _GROUPED._replace(
         architecture="Dots1ForCausalLM", topk_methods=("noaux_tc", None), biased="qkvo",
         qk_norm="head",
@@ -191,11 +213,10 @@ OTHERS = {
     "deepseek": "its attention has keys and values for each head, no latent",
     "deepseek_v41": "its layers share keys, and some look up pieces of text",
     "deepseek_v41_text": "its layers share keys, and some look up pieces of text",
-    "kimi_linear": "its delta rule decays by channel, and its latents are not rotated",
-    "kimi_k3": "its delta rule decays by channel, its layers attend to layers, its experts to less",
+    "kimi_k3": "its delta rule is bounded, its layers attend to layers, its experts to less",
     "qwen4_exp": "its attention chooses blocks, its streams are several, and it looks up n-grams",
-    "glm5_next": "its delta rule decays by channel, and its indexer chooses pools of tokens",
-    "bailing_hybrid": "its delta rule decays by channel, within a bound",
+    "glm5_next": "its delta rule decays within a bound, and its indexer chooses pools of tokens",
+    "bailing_hybrid": "its delta rule decays within a bound",
     "longcat_flash": "its layers have two attentions, and experts that compute nothing",
 }
 """Why a ``model_type`` that is close is not one of them."""

@@ -82,13 +82,12 @@ def geometry_of(config: Config) -> Geometry:
     if (a := c.grouped) is not None:
         grouped = border.GroupedGeometry(a.groups, a.head_dim, c.family.norm_last)
     if (d := c.delta) is not None:
-        delta = border.DeltaGeometry(
-            d.num_key_heads, d.num_value_heads, d.key_head_dim, d.value_head_dim
-        )
-    heads = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
+        heads, widths = (d.num_key_heads, d.num_value_heads), (d.key_head_dim, d.value_head_dim)
+        delta = border.DeltaGeometry(*heads, *widths, d.latent > 0)
+    queries = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
     factors = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
     rest = not c.rope_interleave, router_of(c), c.moe_intermediate_size
-    sizes = *heads, c.kv_lora_rank, c.v_head_dim
+    sizes = *queries, c.kv_lora_rank, c.v_head_dim
     return Geometry(*sizes, *factors, *rest, indexer, compressed, hyper, grouped, delta)
 
 

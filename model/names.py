@@ -74,12 +74,14 @@ LAYER_PARTS = {
     "input_layernorm": Spec("input_layernorm", "D", "norm", "attn_norm"),
     # A gated delta rule.
     "in_proj_qkv": Spec(f"{_DELTA}in_proj_qkv", "1D", "matrix", "attn_qkv"),
-    "in_proj_z": Spec(f"{_DELTA}in_proj_z", "2D", "matrix", "attn_gate"),
+    "in_proj_z_latent": Spec(f"{_DELTA}in_proj_z_latent", "8D", "sensitive"),
+    "in_proj_z": Spec(f"{_DELTA}in_proj_z", "26", "matrix", "attn_gate"),
     "in_proj_b": Spec(f"{_DELTA}in_proj_b", "3D", "gate", "ssm_beta"),
-    "in_proj_a": Spec(f"{_DELTA}in_proj_a", "3D", "gate", "ssm_alpha"),
+    "in_proj_a_latent": Spec(f"{_DELTA}in_proj_a_latent", "8D", "sensitive"),
+    "in_proj_a": Spec(f"{_DELTA}in_proj_a", "76", "gate", "ssm_alpha"),
     "conv": Spec(f"{_DELTA}conv1d", "41", "gate", "ssm_conv1d"),
     "a_log": Spec(f"{_DELTA}A_log", "3", "gate", "ssm_a"),
-    "dt_bias": Spec(f"{_DELTA}dt_bias", "3", "gate", "ssm_dt"),
+    "dt_bias": Spec(f"{_DELTA}dt_bias", "7", "gate", "ssm_dt"),
     "value_norm": Spec(f"{_DELTA}norm", "5", "gate", "ssm_norm"),
     "out_proj": Spec(f"{_DELTA}out_proj", "D2", "matrix", "ssm_out"),
     "q_proj": Spec("self_attn.q_proj", "QD", "matrix", "attn_q"),
@@ -273,6 +275,17 @@ def _sizes(c: Config, layer: int) -> dict[str, int]:
         streams = c.hyper.mult
         sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams, "G": 3, "U": 1}
     sizes["b"], sizes["y"] = sizes["E"] * c.family.logit_bias, int(moe and c.family.shared_gate)
+    if (of := c.delta) is not None and c.has_delta(layer):
+        values, width = of.num_value_heads * of.value_head_dim, of.latent or D
+        sizes |= {
+            "P": 0,
+            "Q": 0,
+            "1": of.columns - of.num_value_heads - of.decays,
+            "2": values,
+            "3": of.num_value_heads,
+        }
+        sizes |= {"4": CONVOLVED, "5": of.value_head_dim, "6": width, "7": of.decays}
+        return sizes | {"8": of.latent, "L": 0}
     return sizes | _SIZES_OF[c.family.attention](c, layer)
 
 
@@ -305,11 +318,6 @@ def _sizes_of_v4(c: Config, layer: int) -> dict[str, int]:
 def _sizes_of_groups(c: Config, layer: int) -> dict[str, int]:
     attention, D, rows = c.grouped, c.hidden_size, c.num_attention_heads * c.v_head_dim
     assert attention is not None
-    if (of := c.delta) is not None and c.has_delta(layer):
-        keys = 2 * of.num_key_heads * of.key_head_dim
-        values = of.num_value_heads * of.value_head_dim
-        sizes = {"Q": 0, "1": keys + values, "2": values, "3": of.num_value_heads}
-        return sizes | {"4": CONVOLVED, "5": of.value_head_dim}
     shared = attention.groups * attention.head_dim  # by the heads of a group
     sizes = {"X": 2 * D, "p": shared, "V": rows, "h": c.num_attention_heads * c.family.sinks}
     sizes["w"] = rows * c.family.output_gate
@@ -317,6 +325,17 @@ def _sizes_of_groups(c: Config, layer: int) -> dict[str, int]:
     sizes |= {letter: width * (name in attention.biased) for name, letter, width in widths}
     norms = {"head": (c.v_head_dim,) * 2, "row": (rows, shared), "": (0, 0)}[attention.qk_norm]
     return sizes | dict(zip("uv", norms, strict=True))
+
+
+def stored_as(name: str, config: Config) -> list[str]:
+    """The tensors of the checkpoint whose rows, one behind the other, are those of this one, if it
+    has it by other names."""
+    layer, inner = split_name(name) if config.family.by_channel else (None, "")
+    if layer is None or not inner.startswith(_DELTA):
+        return []
+    end = {"in_proj_qkv": "qkv_proj", "conv1d": "qkv_conv1d", "out_proj": "o_proj"}
+    words = end.get(inner.removeprefix(_DELTA), "_").split("_")
+    return [layer_tensor(layer, f"self_attn.{part}_{words[1]}") for part in words[0]]
 
 
 def stored_rows(name: str, config: Config) -> tuple[str, int, list[range]] | None:

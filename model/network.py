@@ -56,7 +56,8 @@ class Positions:
 
     def __init__(self, config: Config, where: Tensor, backend: TorchBackend):
         def frequencies(rope: Rope) -> Tensor:
-            return inverse_frequencies(rope, config.qk_rope_head_dim).to(where.device)
+            angles_C = inverse_frequencies(rope, config.qk_rope_head_dim)
+            return (angles_C * bool(config.family.rotated)).to(where.device)
 
         self._rope, compressed, self._backend = config.rope, config.compressed, backend
         self._frequencies_C = frequencies(config.rope)
@@ -182,9 +183,10 @@ class Network:
         return logits_TV
 
     def head_each(self, h_TD: Tensor) -> Tensor:
-        """``head``, each row bitwise what it gives alone.  A tied head is row-major, and torch's
+        """``head``, each row bitwise what it gives alone.  torch multiplies a tied head, and its
         product of several rows differs from that of one in the last bit."""
-        most = 1 if self.config.tie_word_embeddings else self.rows or len(h_TD)
+        by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
+        most = 1 if by_torch else self.rows or len(h_TD)
         parts = h_TD.split(max(1, min(most, len(h_TD))))
         return torch.cat([self.head(rows_TD) for rows_TD in parts])
 

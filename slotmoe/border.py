@@ -144,7 +144,10 @@ class Delta(Generic[W]):
     and keys of all key heads, and values of all value heads; ``in_proj_z`` what gates the output.
     Of each value head, float32: ``in_proj_b`` and ``in_proj_a`` [value heads, D] say how much is
     written and how much decays, with ``a_log`` and ``dt_bias``; ``value_norm`` is the norm of its
-    output.  ``conv``, float32 [4, Y], are a convolution's taps, the oldest token's first."""
+    output.  ``conv``, float32 [4, Y], are a convolution's taps, the oldest token's first.
+
+    Where each channel of a key decays by itself (arXiv 2510.26692), ``in_proj_a`` and ``dt_bias``
+    are of all of these, and two projections are of what a ``latent`` one gives."""
 
     in_proj_qkv: W
     in_proj_z: W
@@ -155,6 +158,8 @@ class Delta(Generic[W]):
     dt_bias: Tensor
     value_norm: Tensor
     out_proj: W
+    in_proj_z_latent: W | None = None
+    in_proj_a_latent: W | None = None
 
 
 @dataclass(frozen=True)
@@ -233,12 +238,14 @@ class GroupedGeometry(NamedTuple):
 
 
 class DeltaGeometry(NamedTuple):
-    """Of a gated delta rule: heads of queries and keys, of values, and values of each."""
+    """Of a gated delta rule: heads of queries and keys, of values, and values of each.  If it
+    decays ``by_channel`` of a key, the output's gate is a sigmoid instead of SiLU."""
 
     key_heads: int
     value_heads: int
     K: int
     V: int
+    by_channel: bool
 
 
 class HyperGeometry(NamedTuple):
@@ -311,7 +318,7 @@ class GroupedRows(NamedTuple):
 
 class DeltaRows(NamedTuple):
     """What a delta rule folds into its state: ``rows``, float32 [S, X], are of tokens one behind
-    the other, each queries, keys and values before the convolution, then its value heads' b and a.
+    the other, each queries, keys and values before the convolution, then b and a.
     The first ``past`` rows, at most 3, are there for the convolution; tokens before have none.
 
     ``before``, float32 [value heads, K, V], is the state before the others.  The state behind

@@ -14,8 +14,7 @@ float32.  V4-Flash adds 3.6 KB a token with 8-bit rows, and 40 MB whatever the c
 The backend says what a row is made of (``latent_row`` of ``slotmoe.quant.backends.base``): the
 native kernels keep 8 bits a value.
 
-Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compressor, T tokens, H
-heads of values of a delta rule, K and V values of a key and of a value.
+Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compressor, T tokens.
 """
 
 import math
@@ -25,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slotmoe.quant.shapes import CONVOLVED, MARKS, Marks
-from slotmoe.tails import Folded, Tail
+from slotmoe.quant.shapes import MARKS, Marks
+from slotmoe.tails import Deltas, Tail
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Memory of a shape and dtype."""
@@ -74,17 +73,23 @@ class Group(Rows):
 class SequenceState:
     """What the tokens of a sequence leave behind for those that come: ``length`` of them are
     appended, and ``context`` have room.  It is in ``kept`` rows, and in ``tails``, which remember
-    marks: lengths to which the sequence can be cut.
+    marks: lengths to which the sequence can be cut; ``deltas`` have two.
 
     A pass says ``begin`` before its first layer and ``done`` behind its last one.  One that does
     not get there leaves the state as it was.  The last 16 tokens can be cut off, any without tails.
     """
 
     def __init__(
-        self, context: int, kept: Sequence[Rows], tails: Sequence[Tail] = (), marks: Marks = MARKS
+        self,
+        context: int,
+        kept: Sequence[Rows],
+        tails: Sequence[Tail] = (),
+        marks: Marks = MARKS,
+        deltas: Deltas | None = None,
     ):
-        self.context, self.length = context, 0
-        self._kept, self._tails, self._places = kept, tails, marks
+        self.context, self.length, self.deltas = context, 0, deltas
+        self._kept, self._places = kept, marks
+        self._tails = [*tails, *([deltas.inputs, deltas.states] if deltas else [])]
         self._written = 0  # positions that some pass has reached
         self._ends = list[int]()  # where texts have ended last
 
@@ -221,7 +226,8 @@ class SequenceState:
 
 class LatentCache(SequenceState):
     """Latents of one sequence: ``layers`` is [L, S, X] and ``index_keys`` those of the layers with
-    an indexer, of which the first ``length`` rows of each layer are valid.
+    an indexer, of which the first ``length`` rows of each layer are valid; layers of ``deltas``
+    have none.
 
     A row of X elements is the normed latent and the rotated key part that all heads share, of these
     ``widths``.  ``indexed`` says of each layer whether it has ``keys`` of so many values.
@@ -234,18 +240,22 @@ class LatentCache(SequenceState):
         indexed: Sequence[bool],
         keys: int,
         new: NewRows,
+        marks: Marks = MARKS,
+        deltas: Deltas | None = None,
     ):
-        self.layers = new(len(indexed), context, *widths)
+        self._rules = deltas.of if deltas else [0] * len(indexed)  # before each layer
+        count = len(indexed) - (len(deltas.inputs.rows) if deltas else 0)
+        self.layers = new(count, context, *widths)
         self.index_keys, kept = self.layers[:0], [Rows(self.layers, widths)]
         if any(indexed):
             self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
             self.index_keys = new(sum(indexed), context, keys, 0)
             kept.append(Rows(self.index_keys, (keys, 0)))
-        super().__init__(context, kept)
+        super().__init__(context, kept, (), marks, deltas)
 
     def extend(self, layer: int, count: int) -> Tensor:
         """The layer's rows with ``count`` more, which the caller writes: [length + count, X]."""
-        return self.layers[layer, : self.length + count]
+        return self.layers[layer - self._rules[layer], : self.length + count]
 
     def extend_index(self, layer: int, count: int) -> Tensor:
         """The same of the layer's index keys."""
@@ -294,7 +304,7 @@ class GroupedCache(SequenceState):
     """Keys and values of grouped-query attention: for each group of each layer a row of a token, of
     ``width`` values and ``width`` of the key.  ``windows`` says of each layer how many tokens see
     each other there: 0 for all, whose rows stay in ``rows``; others are in ``window``; layers of -1
-    keep nothing here, but what they do in ``more``."""
+    keep nothing here, but in ``deltas``."""
 
     def __init__(
         self,
@@ -303,8 +313,8 @@ class GroupedCache(SequenceState):
         width: int,
         windows: Sequence[int],
         new: NewRows,
-        more: Sequence[Tail] = (),
         marks: Marks = MARKS,
+        deltas: Deltas | None = None,
     ):
         self._windows, self._groups = windows, groups
         self._row_of = [
@@ -320,7 +330,7 @@ class GroupedCache(SequenceState):
             tails = [Tail(rows, lambda length: min(length, most), (width, width))]
         self.window = tails[0] if tails else None
         self.rows = kept[0].rows if kept else new(1, 1, width, width)[:0]
-        super().__init__(context, kept, [*tails, *more], marks)
+        super().__init__(context, kept, tails, marks, deltas)
 
     def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:
         """The rows of the layer's groups, [G, S, X], up to those of some tokens of the pass from
@@ -332,32 +342,6 @@ class GroupedCache(SequenceState):
         rows_GSX = self.rows[row : row + self._groups, : position + new_GTX.shape[1]]
         rows_GSX[:, position:] = new_GTX
         return rows_GSX, 0
-
-
-class DeltaCache(GroupedCache):
-    """Beside those of the layers with grouped queries, of each layer with a delta rule, of which
-    ``delta_of`` is the number among them: ``states`` [L, 2, H, K, V], float32, and ``inputs``, the
-    ``columns`` that it made of the last tokens, float32."""
-
-    def __init__(
-        self,
-        context: int,
-        groups: int,
-        width: int,
-        windows: Sequence[int],
-        new: NewRows,
-        heads: tuple[int, int, int],
-        columns: int,
-        empty: Empty,
-        marks: Marks,
-    ):
-        layers, most = windows.count(-1), CONVOLVED - 1
-        rows = empty((layers, Tail.room(most), columns), torch.float32)
-        self.inputs = Tail(rows, lambda length: min(length, most))
-        self.states = Folded(empty((layers, 2, *heads), torch.float32), self.inputs)
-        self.delta_of = [windows[:layer].count(-1) for layer in range(len(windows))]
-        more = self.inputs, self.states
-        super().__init__(context, groups, width, windows, new, more, marks)
 
 
 def plain_row(latent: int, rope: int) -> tuple[int, torch.dtype]:

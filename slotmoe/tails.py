@@ -3,16 +3,17 @@ cannot be cut anywhere.
 
 A gated delta rule folds all tokens into one matrix a head, which none can be taken out of again.
 
-Shapes: L layers, S rows, T tokens, X elements of a row.
+Shapes: L layers, S rows, T tokens, X elements of a row; of a delta rule, H heads of values, K and V
+values of a key and of a value.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slotmoe.quant.shapes import SPARE
+from slotmoe.quant.shapes import CONVOLVED, SPARE
 
 
 class Tail:
@@ -31,8 +32,8 @@ class Tail:
         self.first = 0  # the position of the first row
         self._valid = 0  # that of the first one that is right
         self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
-        self._length = self._next = 0
-        self._before = self.rows[:0]  # the pass's rows so far of the layers that it is in
+        self._length = self._next = self._end = 0
+        self._before = dict[int, Tensor]()  # the pass's last rows so far of layers that it is in
         self._marked = range(0)  # lengths that the pass marks
         self.exact = list[int]()  # lengths to which it can be cut, where they are but a few
 
@@ -50,6 +51,7 @@ class Tail:
             self.first = length - self._keep
             self._valid = max(self._valid, self.first)
         self._length, self._next = length, max(self.first, end - self.rows.shape[1])
+        self._end, self._before = end, {}
 
     def extend(self, layer: int, position: int, new_LTX: Tensor) -> tuple[Tensor, int]:
         """The rows of the L layers from ``layer`` on, [L, S, ...], up to those of some tokens of
@@ -60,12 +62,14 @@ class Tail:
             rows, first = self.rows[layers, : end - self.first], self.first
             rows[:, start:] = new_LTX
         else:
-            before = self.rows[layers, :start] if position == self._length else self._before
+            begins = position == self._length
+            before = self.rows[layers, :start] if begins else self._before.pop(layer)
             rows = torch.cat([before[:, -self._keep :], new_LTX], dim=1)
             first, stop = end - rows.shape[1], end - self._next
             stays = min(count, max(0, stop - self._keep))
             self.rows[layers, stop - stays : stop] = new_LTX[:, count - stays :]
-            self._before = rows[:, -self._keep :].clone()
+            if end < self._end:
+                self._before[layer] = rows[:, -self._keep :].clone()
         for at in [at for at in self._marked if position < at <= end]:
             self._mark(at)[layers] = rows[:, at - first - self.needed(at) : at - first]
         return rows, first
@@ -195,3 +199,22 @@ class Folded(Tail):
         """See ``Tail``."""
         self.rows[:, : self.needed(length)] = last
         self.exact = [length, -1]
+
+
+class Deltas:
+    """What layers with a delta rule keep, those of -1 in ``windows``, each as its number in ``of``
+    says: ``states`` [L, 2, H, K, V], float32, and ``inputs``, the ``columns`` that it made of the
+    last tokens, float32.  ``empty`` gives memory of a shape and dtype."""
+
+    def __init__(
+        self,
+        windows: Sequence[int],
+        heads: tuple[int, int, int],
+        columns: int,
+        empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
+    ):
+        layers, most = windows.count(-1), CONVOLVED - 1
+        rows = empty((layers, Tail.room(most), columns), torch.float32)
+        self.inputs = Tail(rows, lambda length: min(length, most))
+        self.states = Folded(empty((layers, 2, *heads), torch.float32), self.inputs)
+        self.of = [windows[:layer].count(-1) for layer in range(len(windows))]

@@ -14,6 +14,7 @@ from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.shapes import MARKS, Marks
+from slotmoe.tails import Deltas
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,
@@ -46,17 +47,17 @@ def new_state(
         columns, kind = row(latent, rope)
         return empty((layers, count, columns), kind)
 
-    if c.grouped is not None:
-        windows = [c.window(layer) for layer in range(c.num_hidden_layers)]
-        given = context, c.grouped.groups, c.grouped.head_dim, windows, rows
-        if (d := c.delta) is None:
-            return state.GroupedCache(*given)
+    windows, deltas = [c.window(layer) for layer in range(c.num_hidden_layers)], None
+    if (d := c.delta) is not None:
         heads = d.num_value_heads, d.key_head_dim, d.value_head_dim
-        return state.DeltaCache(*given, heads, d.columns, empty, marks)
+        deltas = Deltas(windows, heads, d.columns, empty)
+    if (g := c.grouped) is not None:
+        return state.GroupedCache(context, g.groups, g.head_dim, windows, rows, marks, deltas)
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
     keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:
-        return state.LatentCache(context, (c.kv_lora_rank, c.qk_rope_head_dim), indexed, keys, rows)
+        widths = c.kv_lora_rank, c.qk_rope_head_dim
+        return state.LatentCache(context, widths, indexed, keys, rows, marks, deltas)
     v4 = c.compressed
     sizes = v4.sliding_window, v4.head_dim, v4.ratios
     return state.CompressedCache(context, *sizes, indexed, keys, rows, empty)

@@ -14,7 +14,7 @@ from torch import Tensor
 from slotmoe.border import Chunk, Delta, DeltaRows, Geometry, Grouped, GroupedRows
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.shapes import CONVOLVED
-from slotmoe.state import DeltaCache, GroupedCache
+from slotmoe.state import GroupedCache
 
 
 class GroupedAttention:
@@ -81,13 +81,16 @@ class DeltaAttention:
         """What it gives for the tokens of ``chunk`` in its layer, float32 [T, D]."""
         g, backend, w = self._geometry, self._backend, weights
         assert g.delta is not None
-        inputs = (w.in_proj_qkv, w.in_proj_b, w.in_proj_a)
-        rows_TX = torch.cat([backend.linear(x_TD, weight) for weight in inputs], dim=-1)
-        z_TX = backend.linear(x_TD, w.in_proj_z)
+        latents = (w.in_proj_a_latent, w.in_proj_z_latent)
+        a, z = (x_TD if weight is None else backend.linear(x_TD, weight) for weight in latents)
+        inputs = ((x_TD, w.in_proj_qkv), (x_TD, w.in_proj_b), (a, w.in_proj_a))
+        rows_TX = torch.cat([backend.linear(x, weight) for x, weight in inputs], dim=-1)
+        z_TX = backend.linear(z, w.in_proj_z)
         outputs, start = list[Tensor](), 0
         for state, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
-            cache, position = cast(DeltaCache, state), state.length + before
-            layer, done = cache.delta_of[chunk.layer], start - position  # z's row of position 0
+            cache, position = state.deltas, state.length + before
+            assert cache is not None
+            layer, done = cache.of[chunk.layer], start - position  # z's row of position 0
             new_1TX = rows_TX[None, start : start + count]
             (rows_SX,), first = cache.inputs.extend(layer, position, new_1TX)
             for step in cache.states.steps(layer, position, position + count):

@@ -32,7 +32,7 @@ from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint.encodings import METHODS, Encoding
 from slotmoe.model.checkpoint.shards import DTYPES, Read, TensorInfo
 from slotmoe.model.config import Config
-from slotmoe.model.names import FUSED, layer_tensor, role_of, split_expert, stored_rows
+from slotmoe.model.names import FUSED, layer_tensor, role_of, split_expert, stored_as, stored_rows
 
 SCALES = (torch.float8_e8m0fnu, torch.float32, torch.bfloat16, torch.float16)  # mxfp4: the first
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
@@ -169,6 +169,25 @@ class Made(TensorInfo):
         return self.make(partial(self.stored.rows, read), start, stop).to(self.dtype)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined(TensorInfo):
+    """The rows of tensors that are alike, one behind the other."""
+
+    stored: tuple[TensorInfo, ...]
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return tuple(part for info in self.stored for part in (info, *info.parts))
+
+    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
+        count, pieces = self.stored[0].shape[0], list[Tensor]()
+        for first, info in zip(range(0, self.shape[0], count), self.stored, strict=True):
+            begin, end = max(start - first, 0), min(stop - first, count)
+            if begin < end:
+                pieces.append(info.rows(read, begin, end))
+        return torch.cat(pieces)
+
+
 def _picking(ranges: list[range]) -> Make:
     """Gives the rows of these ``ranges``."""
     picked_R = torch.tensor([*chain(*ranges)])
@@ -249,6 +268,11 @@ class Places:
 
     def _find(self, name: str, shape: Shape) -> TensorInfo:
         """A weight as it is stored."""
+        if several := stored_as(name, self.config):
+            count = shape[0] // len(several), *shape[1:]
+            infos = tuple(self._find(part, count) for part in several)
+            one = infos[0]
+            return Joined(name, one.path, one.dtype, shape, one.offset, stored=infos)
         tensor, whole, first, encoding = name, shape, 0, self.config.encoding
         expert = split_expert(name)
         if expert is not None and self.config.family.interleaved:
@@ -357,7 +381,8 @@ class Places:
             raise CheckpointError(f"{self.where}: {problem}")
         info = self.stored[name]
         self.used.add(info)
-        if info.shape == (1, *shape) or shape == (1, *info.shape):  # Ernie's bias, GGUF's gate
+        sizes, wanted = ([size for size in of if size != 1] for of in (info.shape, shape))
+        if sizes == wanted:  # Ernie's bias, GGUF's gate, a delta rule's A_log
             info = replace(info, shape=shape)
         if info.shape != shape:
             shapes = f"{list(info.shape)}, {self.source} asks for {list(shape)}"

@@ -15,7 +15,7 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.names import resident_shapes, role_of
+from slotmoe.model.names import EMBEDDING, HEAD, resident_shapes, role_of
 from slotmoe.model.network import MtpHead, Network
 from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
@@ -387,7 +387,7 @@ class _Loader:
         empty = self._device.weights()
 
         def place(name: str, weight: Weight) -> Prepared:
-            role = role_of(name)
+            role = role_of(HEAD if name == EMBEDDING and self._config.tie_word_embeddings else name)
             if role == TABLE:  # kernels trust the ids of experts
                 last = self._config.n_routed_experts - 1
                 if not isinstance(weight, Tensor) or weight.min() < 0 or weight.max() > last:

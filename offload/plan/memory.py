@@ -78,20 +78,21 @@ def _kept(config: Config, kernels: str) -> Iterator[_Kept]:
 
     c, indexer = config.compressed, config.indexer
     layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
-    topk = 0 if indexer is None else indexer.topk
+    topk, windows = 0 if indexer is None else indexer.topk, config.windows
+    if (d := config.delta) is not None:
+        rules = windows.count(-1) * 4
+        yield _Kept(0, 0, CONVOLVED - 1, CONVOLVED - 1, rules * d.columns)
+        yield _Kept(0, 0, 1, 1, rules * d.state_values, held=2)
     if (a := config.grouped) is not None:
-        own, windows = a.groups * row(a.head_dim, a.head_dim), a.windows
+        own = a.groups * row(a.head_dim, a.head_dim)
         full = len(layers) - len(windows) + windows.count(0)  # with that of the mtp head
         yield _Kept(1, full * own, 0, 0, 0)
         if (most := max(windows) - 1) >= 0:
             yield _Kept(0, 0, most, most, (len(layers) - full) * own)
-        if (d := config.delta) is not None:
-            yield _Kept(0, 0, CONVOLVED - 1, CONVOLVED - 1, windows.count(-1) * 4 * d.columns)
-            yield _Kept(0, 0, 1, 1, windows.count(-1) * 4 * d.state_values, held=2)
         return
     if c is None:
         latent = row(config.kv_lora_rank, config.qk_rope_head_dim)
-        yield _Kept(1, len(layers) * latent, 0, 0, 0, topk)
+        yield _Kept(1, (len(layers) - windows.count(-1)) * latent, 0, 0, 0, topk)
         if indexer is not None:
             yield _Kept(1, layers.count((0, True)) * row(indexer.head_dim, 0), 0, 0, 0)
         return

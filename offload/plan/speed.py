@@ -124,7 +124,7 @@ class Bandwidths:
 def gpu_launches(config: Config) -> tuple[int, float]:
     """Kernels of a token in a layer on a GPU, and seconds of each beside its work."""
     kind = config.family.attention
-    if kind == "latent" and config.indexer is None:
+    if kind == "latent" and config.indexer is None and config.delta is None:
         return GPU_LAUNCHES[kind] + (config.q_lora_rank is not None), GPU_LAUNCH_SECONDS
     return GPU_LAUNCHES["indexed" if kind == "latent" else kind], PYTHON_LAUNCH_SECONDS
 

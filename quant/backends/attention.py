@@ -153,11 +153,11 @@ class TorchAttention:
         eps: float,
     ) -> Tensor:
         """What a gated delta rule (arXiv 2412.06464) gives for the last T rows, float32 [T, X],
-        normed a head and times the SiLU of ``z``.  Token by token, so that a token's result is that
-        of it alone: S *= decay; S += k (x) beta (v - S k); o = S q."""
-        (rows_SX, past, before_HKV, after_HKV, folded), (J, H, K, V) = cached, sizes
+        normed a head and times the SiLU, or sigmoid, of ``z``.  Token by token, so that a token's
+        result is that of it alone: S *= decay; S += k (x) beta (v - S k); o = S q."""
+        (rows_SX, past, before_HKV, after_HKV, folded), (J, H, K, V) = cached, sizes[:4]
         n, w = len(rows_SX) - past, weights
-        raw_SY, b_SH, a_SH = rows_SX.split([2 * J * K + H * V, H, H], dim=-1)
+        raw_SY, b_SH, a_SX = rows_SX.split([2 * J * K + H * V, H, len(w.dt_bias)], dim=-1)
         raw_SY = F.pad(raw_SY, (0, 0, len(w.conv) - 1 - past, 0))
         mixed_SY = sum(tap_Y * raw_SY[i : i + n] for i, tap_Y in enumerate(w.conv))
         q_SX, k_SX, v_SX = F.silu(mixed_SY).split([J * K, J * K, H * V], dim=-1)
@@ -167,12 +167,13 @@ class TorchAttention:
             )
             for x_SJK in (q_SX.view(n, J, K), k_SX.view(n, J, K))
         )
-        decay_SH = (-w.a_log.exp() * F.softplus(a_SH[past:] + w.dt_bias)).exp()
+        steps_SHX = F.softplus(a_SX[past:] + w.dt_bias).view(n, H, -1)  # of a head or a channel
+        decay_SHX = (-w.a_log.exp()[:, None] * steps_SHX).exp()
         beta_SH = b_SH[past:].sigmoid()
         state_HKV, outputs = before_HKV.clone(), list[Tensor]()
         for at in range(n):
             k_HK1 = k_SHK[at, :, :, None]
-            state_HKV *= decay_SH[at, :, None, None]
+            state_HKV *= decay_SHX[at, :, :, None]
             known_HV = (state_HKV * k_HK1).sum(dim=1)
             new_HV = (v_SX[at].view(H, V) - known_HV) * beta_SH[at, :, None]
             state_HKV += k_HK1 * new_HV[:, None]
@@ -181,7 +182,7 @@ class TorchAttention:
                 after_HKV.copy_(state_HKV)
         o_THV = torch.stack(outputs[n - len(z_TX) :]) * K**-0.5
         o_THV = F.rms_norm(o_THV, (V,), w.value_norm, eps)
-        return o_THV.flatten(1) * F.silu(z_TX)
+        return o_THV.flatten(1) * (z_TX.sigmoid() if sizes.by_channel else F.silu(z_TX))
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int

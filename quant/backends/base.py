@@ -206,7 +206,11 @@ class TorchBackend(TorchAttention):
             return weight.q[ids_T].float() * weight.scale[ids_T, None]
         if isinstance(weight, Tensor):
             return weight[ids_T].float()
-        raise TypeError("an embedding table is gathered row by row, so it is never coded or tiled")
+        if not isinstance(weight, Matrix) or len(weight.tensors) != 2:
+            raise TypeError("an embedding table is gathered row by row, so it is never coded")
+        tiles, scale = weight.tensors  # the head is multiplied by it too
+        rows_TBCX: Tensor = tiles.unflatten(-1, (-1, TILE, 4))[ids_T // TILE, :, :, ids_T % TILE]
+        return rows_TBCX.flatten(1)[:, : weight.shape[1]].float() * scale[ids_T, None]
 
     def rotations(self, positions_T: Tensor, frequencies_C: Tensor, scale: float = 1.0) -> Tensor:
         """What rotates the pairs at each position, complex [T, C], times ``scale``; on a CPU with

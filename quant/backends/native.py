@@ -56,14 +56,7 @@ from slotmoe.quant.kernels.cpu.weights import (
     bind_router,
 )
 from slotmoe.quant.shapes import CONVOLVED, SWIGLU, Activation, latent_bytes
-from slotmoe.state import (
-    CompressedCache,
-    DeltaCache,
-    Group,
-    GroupedCache,
-    LatentCache,
-    SequenceState,
-)
+from slotmoe.state import CompressedCache, Group, GroupedCache, LatentCache, SequenceState
 from slotmoe.system import Placement
 from slotmoe.tails import Tail
 
@@ -140,7 +133,11 @@ class NativeDecoder:
         return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
 
     def _latent(
-        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self,
+        chunk: Chunk,
+        states: Sequence[SequenceState],
+        positions: Sequence[int],
+        delta: tuple[object, ...] = NO_DELTA,
     ) -> ctypes.Structure:
         """With each token's latent cache, and what indexers keep and have chosen."""
         caches, T, C = cast(Sequence[LatentCache], states), len(positions), self._layers.sizes["C"]
@@ -154,7 +151,8 @@ class NativeDecoder:
         rope = address(chunk.rope_TC, torch.complex64, T, C)
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
-        return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists)
+        last = None, None, *delta
+        return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists, *last)
 
     def _compressed(
         self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
@@ -205,8 +203,9 @@ class NativeDecoder:
     def _delta(
         self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
-        """The same, with each token's inputs of delta rules and their states.  `ValueError`."""
-        caches = cast(Sequence[DeltaCache], states)
+        """The other layers', with each token's inputs of delta rules and their states.
+        `ValueError`."""
+        caches = [state.deltas for state in states if state.deltas is not None]
         tails, own = [cache.inputs for cache in caches], [cache.states for cache in caches]
         firsts = [tail.first for tail in tails]
         for state, first in zip(own, firsts, strict=True):
@@ -216,7 +215,8 @@ class NativeDecoder:
         inputs = self._inputs.bound([tail.rows for tail in tails], positions, firsts)
         folds = chain.from_iterable((state.at, state.read, state.folds) for state in own)
         held = self._states.bound([state.rows for state in own], reads)
-        return self._grouped(chunk, states, positions, (*inputs, *held, int64s([*folds])))
+        others = self._grouped if isinstance(states[0], GroupedCache) else self._latent
+        return others(chunk, states, positions, (*inputs, *held, int64s([*folds])))
 
     def _last(
         self, store: Store, windows: Sequence[Tail], positions: Sequence[int]
@@ -287,8 +287,6 @@ class NativeBackend(TorchBackend):
         self._native.read(memory)
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
-        if isinstance(weight, Int8Weight):  # row-major: an embedding table that is the head too
-            return super().linear(x_TK, weight)
         matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
         return self._native.linear(matrix, x_TK.contiguous())
 
@@ -389,7 +387,8 @@ class NativeBackend(TorchBackend):
         w, z_TAV = weights, z_TY.unflatten(-1, (sizes.value_heads, sizes.V))
         rows, past, before, after, folded = cached
         values = rows, z_TAV, w.conv, w.a_log, w.dt_bias, w.value_norm, before, after
-        return self._native.delta(*values, past, folded, eps, G=sizes.key_heads).flatten(1)
+        how = past, folded, sizes.by_channel, eps
+        return self._native.delta(*values, *how, G=sizes.key_heads).flatten(1)
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int

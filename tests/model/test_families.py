@@ -14,7 +14,9 @@ from slotmoe.model.families import FAMILIES, OTHERS
 from slotmoe.model.names import resident_shapes, role_of, tensor_shapes
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.families import (
@@ -27,9 +29,11 @@ from tests.support.families import (
     GROUPED_CASES,
     HUNYUAN,
     INDEXED,
+    KIMI,
     MINIMAX,
     MISTRAL,
     NEXT,
+    OF_KIMI,
     OSS,
     QWEN2,
     QWEN3,
@@ -44,7 +48,7 @@ from tests.support.families import (
     config_of,
     write_family,
 )
-from tests.support.native import feed, reference_cache, reference_of
+from tests.support.native import ByRule, feed, reference_cache, reference_of
 from tests.support.oracle import relative, transformers_logits
 from tests.support.params import nth
 from tests.support.v4 import V4
@@ -85,6 +89,30 @@ def test_passes_of_any_size_equal_transformers(case, tmp_path):
     for sizes, chunk in zip([[count], [count], *passes], [count, 16] * 2, strict=True):
         state, network._chunk_tokens = reference_cache(network.config, count + 10), chunk
         assert relative(feed(network, state, ids, sizes), wanted) <= 1e-5
+
+
+EDGES = 1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 191, 192, 193
+EVERY_LENGTH = [(case, ByRule, EDGES) for case in ("next", "kimi")]
+EVERY_LENGTH += [
+    pytest.param(case, kind, range(1, 194), marks=pytest.mark.slow, id=f"{case}-{kind.__name__}")
+    for case in DELTA_CASES
+    for kind in (ByRule, TorchBackend)
+]
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize(("case", "kind", "lengths"), EVERY_LENGTH)
+def test_texts_of_every_length_equal_transformers(case, kind, lengths, tmp_path):
+    """To 3 chunks of 64, the kernel's and transformers', which sees the longest alone: what a token
+    becomes does not depend on those behind it."""
+    if kind is ByRule and load() is None:
+        pytest.skip("the native kernels are not built")
+    v4.write_case(tmp_path, case)
+    ids = torch.randint(2, 4000, (193,), generator=torch.Generator().manual_seed(1)).tolist()
+    wanted, network = transformers_logits(tmp_path, ids), reference_of(tmp_path, kind)
+    for length in lengths:
+        state = reference_cache(network.config, length)
+        assert relative(feed(network, state, ids, [length]), wanted[:length]) <= 1e-5
 
 
 def types(letters, **others):
@@ -177,6 +205,22 @@ WRONG = [  # family, what is wrong, words of the message
     (QWEN35, {"output_gate_type": "sigmoid"}, 'output_gate_type "sigmoid" only "swish"'),
     (QWEN35, {"full_attention_interval": 1}, "full_attention_interval is 1"),
     *(
+        (KIMI, {"linear_attn_config": OF_KIMI["linear_attn_config"] | wrong}, words)
+        for wrong, words in (
+            ({"gate_lower_bound": -5.0}, "linear_attn_config.gate_lower_bound is unknown"),
+            ({"short_conv_kernel_size": 3}, "short_conv_kernel_size is 3"),
+            ({"kda_layers": [1, 2]}, "are [1, 2] and [3], expected 1 to 4"),
+            ({"kda_layers": [0, 1, 2]}, "are [0, 1, 2] and [3], expected 1 to 4"),
+            ({"num_heads": 0}, "linear_attn_config.num_heads is 0"),
+        )
+    ),
+    (KIMI, {"linear_attn_config": [1]}, "linear_attn_config is [1]"),
+    (KIMI, {"linear_attn_config": REMOVE}, "layer_types is missing"),
+    (KIMI, {"mla_use_nope": False}, "mla_use_nope false only true"),
+    (KIMI, {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers 1 only 0"),
+    (KIMI, {"moe_router_activation_func": "softmax"}, 'moe_router_activation_func "softmax"'),
+    (V3, {"linear_attn_config": OF_KIMI["linear_attn_config"]}, "linear_attn_config only null"),
+    *(
         (V3, {"model_type": name}, f'model_type "{name}" ({why}), only')
         for name, why in OTHERS.items()
     ),
@@ -185,7 +229,7 @@ WRONG = [  # family, what is wrong, words of the message
 
 @pytest.mark.parametrize(("family", "overrides", "words"), WRONG)
 def test_a_value_that_the_family_has_not_is_named(family, overrides, words):
-    of_index = INDEXED if family == DSA else {}
+    of_index = {DSA: INDEXED, KIMI: OF_KIMI}.get(family, {})
     given = v4.config_of("v4", **overrides) if family == V4 else None
     with pytest.raises(ConfigError) as caught:
         parse_config(given or config_of(family, **{**of_index, **overrides}))
@@ -222,12 +266,16 @@ MISSING = [
     (QWEN2, "mlp.shared_expert_gate.weight"),
     (NEXT, "self_attn.q_proj.weight"),
     (QWEN35, "self_attn.q_norm.weight"),
+    *((KIMI, f"self_attn.{part}") for part in ("v_proj.weight", "k_conv1d.weight", "A_log")),
+    *((KIMI, f"self_attn.{part}.weight") for part in ("f_a_proj", "g_b_proj", "o_proj", "o_norm")),
+    *((KIMI, f"block_sparse_moe.{part}.weight") for part in ("gate", "shared_experts.up_proj")),
+    (KIMI, "block_sparse_moe.experts.3.w2.weight"),
 ]
 
 
 @pytest.mark.parametrize(("family", "part"), MISSING)
 def test_a_missing_part_is_named_as_the_family_does_and_nothing_written(tmp_path, family, part):
-    write_family(tmp_path / "source", family)
+    write_family(tmp_path / "source", family, **OF_KIMI if family == KIMI else {})
     file, name = tmp_path / "source" / "model.safetensors", f"model.layers.1.{part}"
     weights = load_file(file)
     del weights[name]

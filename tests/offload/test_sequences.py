@@ -16,7 +16,7 @@ from tests.support.engine import decode, failing
 from tests.support.hostile import flip
 from tests.support.v4 import export_of, state_bytes
 
-NAMES = ("v4", "v3.2", "windows", "delta")
+NAMES = ("v4", "v3.2", "windows", "delta", "kimi")
 pytestmark = pytest.mark.usefixtures("heavy")
 
 

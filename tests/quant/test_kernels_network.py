@@ -21,15 +21,14 @@ WHOLE = {"o_lora_rank": 16}  # whole tiles for each group
 SOME = {"compress_ratios": [128, 4, 0, 4], "num_hash_layers": 2, "index_topk": 9}
 GROUPED = "qwen3", "qwen3-yarn-biases-one-group", "glm4", "minimax-odd", "dots", "qwen2"
 GROUPED += "dots-window-of-one", "hunyuan-biases", "gpt-oss-plain-rope"
-UNTIED = {"tie_word_embeddings": False}
 CASES = {  # with the tokens that are fed
     **{
         name: (config_of(of, **own), 40)
         for name, (of, own) in GROUPED_CASES.items()
         if name in GROUPED
     },
-    **{name: (config_of(of, **own | UNTIED), 60) for name, (of, own) in DELTA_CASES.items()},
-    **{f"v2, {name}": (config_of(V2, **V2_CASES[name]), 40) for name in V2_CASES if name != "tied"},
+    **{name: (config_of(of, **own), 60) for name, (of, own) in DELTA_CASES.items()},
+    **{f"v2, {name}": (config_of(V2, **V2_CASES[name]), 40) for name in V2_CASES},
     "v3.2": (config_of(V32, **INDEXED), 60),
     "glm-5, indexers of some layers": (config_of(DSA, **SHARED), 60),
     "v4": (v4.config_of("v4", **WHOLE), 300),

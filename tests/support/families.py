@@ -177,6 +177,31 @@ DELTA_CASES = {
 }
 """Between them: key heads and value heads in each proportion, either kind of layer first, dense
 layers, odd sizes."""
+KIMI = "kimi_linear"
+CLASSES |= {KIMI: "KimiLinear"}
+_KDA = {"num_heads": 3, "head_dim": 24, "short_conv_kernel_size": 4}
+_KDA |= {"kda_layers": [1, 2, 4], "full_attn_layers": [3]}
+OF_KIMI = {"linear_attn_config": _KDA, "mla_use_nope": True, "num_experts": 8, "head_dim": 72}
+OF_KIMI |= {"num_experts_per_token": 3, "num_shared_experts": 1, "num_expert_group": 1}
+OF_KIMI |= {"moe_renormalize": True, "moe_router_activation_func": "sigmoid", "topk_group": 1}
+OF_KIMI |= {"model_max_length": 1024, "num_hidden_layers": 4, "q_lora_rank": None}
+OF_KIMI |= {"use_grouped_topk": True, "pad_token_id": 0, "rms_norm_eps": 1e-5}
+OF_KIMI |= dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "n_shared_experts"), REMOVE)
+OF_KIMI |= dict.fromkeys(("n_group", "norm_topk_prob", "scoring_func", "topk_method"), REMOVE)
+OF_KIMI |= dict.fromkeys(("max_position_embeddings", "rope_parameters"), REMOVE)
+"""In the words of Kimi-Linear's own ``config.json``."""
+_FLAT = {"linear_num_heads": 2, "linear_head_dim": 20, "linear_conv_kernel_dim": 4}
+DELTA_CASES |= {
+    "kimi": (KIMI, OF_KIMI),
+    "kimi-odd-groups": (
+        KIMI,
+        OF_KIMI
+        | ODD_SIZES
+        | _FLAT
+        | {"linear_attn_config": REMOVE, "layer_types": [*_LINEAR[::-1] * 2]}
+        | {"num_expert_group": 2, "first_k_dense_replace": 2},
+    ),
+}
 GROUPED_CASES |= DELTA_CASES
 
 
@@ -211,7 +236,8 @@ def oracle_network(folder: Path, weights):
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    if FAMILIES[config.model_type].attention == "grouped":  # by the names of the hub's files
+    family = FAMILIES[config.model_type]
+    if family.attention == "grouped" or family.delta:  # by the names of the hub's files
         eager |= {"dtype": torch.float32, "output_loading_info": True}
         network, info = model_class.from_pretrained(folder, **eager)
         assert not info["missing_keys"] and not info["mismatched_keys"]

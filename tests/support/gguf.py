@@ -139,8 +139,8 @@ def add_config(writer, c):
             values |= {"ssm_group_count": of.num_key_heads}
             values |= {"ssm_time_step_rank": of.num_value_heads}
             values |= {"ssm_inner_size": of.num_value_heads * of.value_head_dim}
-            values |= {"full_attention_interval": c.grouped.windows.index(0) + 1}
-        elif windows := [*filter(None, c.grouped.windows)]:
+            values |= {"full_attention_interval": c.windows.index(0) + 1}
+        elif windows := [*filter(None, c.windows)]:
             values["sliding_window"] = windows[0]
     if is_latent or c.family.scoring == "sigmoid":
         values["expert_gating_func"] = gguf.ExpertGatingFuncType[c.family.scoring.upper()]

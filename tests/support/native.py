@@ -5,7 +5,7 @@ import torch
 from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.names import role_of
+from slotmoe.model.names import EMBEDDING, HEAD, role_of
 from slotmoe.model.network import Network
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.experts import Experts
@@ -14,10 +14,17 @@ from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import Codec
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, int8_by_torch, levels_of
+from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.quant.shapes import resident_quantization
 from tests.support.codes import quantize_coded
 from tests.support.slab import SlabExperts
 from tests.support.tiny import random_weights
+
+
+class ByRule(TorchBackend):
+    """The reference path but for a delta rule, which the native kernel computes in float32 too."""
+
+    _native, delta = load(), NativeBackend.delta
 
 
 class LayerByLayerOps(NativeBackend):
@@ -43,7 +50,8 @@ def network_of(raw, resident, ops):
         elif not weight.is_floating_point():
             weight = weight.int()
         head = config.qk_nope_head_dim, config.v_head_dim
-        return ops.prepare(role_of(name), weight, head=head)
+        tied = name == EMBEDDING and config.tie_word_embeddings
+        return ops.prepare(role_of(HEAD if tied else name), weight, head=head)
 
     prepared = {
         name: stored(name, weight) for name, weight in weights.items() if ".experts." not in name
@@ -52,19 +60,19 @@ def network_of(raw, resident, ops):
     return Network(config, prepared, ops, experts)
 
 
-def reference_network(config, weights):
+def reference_network(config, weights, kind=TorchBackend):
     """The network of the reference path on float32 ``weights``."""
-    ops = TorchBackend(activation=config.activation)
+    ops = kind(activation=config.activation)
     records, slots = CheckpointRecords(config, weights), resident_slots(config, Device())
     experts = Experts(config.moe_layers, records, slots, ops, Device())
     return Network(config, weights, ops, experts)
 
 
-def reference_of(folder):
+def reference_of(folder, kind=TorchBackend):
     """The same on the weights of the checkpoint in ``folder``."""
     with open_checkpoint(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
-    return reference_network(checkpoint.config, weights)
+    return reference_network(checkpoint.config, weights, kind)
 
 
 def reference_cache(config, context, dtype=torch.float32):

@@ -18,6 +18,7 @@ from slotmoe.model.names import (
     resident_shapes,
     role_of,
     spelled,
+    stored_as,
     stored_rows,
 )
 from tests.support.encoded import fuse_interleaved
@@ -96,14 +97,19 @@ def joined(weights: dict[str, torch.Tensor], config: Config) -> dict[str, torch.
     convolutions turned, norms less one."""
     stored = dict[str, torch.Tensor]()
     for name, weight in weights.items():
-        if (place := stored_rows(name, config)) is not None:
+        if "conv1d" in name:
+            weight = weight.t()[:, None].contiguous()
+        if several := stored_as(name, config):
+            stored |= zip(several, weight.clone().chunk(len(several)), strict=True)
+        elif (place := stored_rows(name, config)) is not None:
             whole, count, ranges = place
             empty = torch.zeros(count, *weight.shape[1:], dtype=weight.dtype)
             stored.setdefault(whole, empty)[[row for part in ranges for row in part]] = weight
-        elif "conv1d" in name:
-            stored[name] = weight.t()[:, None].contiguous()
+        elif config.family.by_channel and name.endswith("A_log"):
+            stored[name] = weight[None, None, :, None]
         else:
-            stored[name] = weight - 1 if role_of(name) == "norm" else weight
+            less = config.family.norms_less_one and role_of(name) == "norm"
+            stored[name] = weight - 1 if less else weight
     return stored
 
 

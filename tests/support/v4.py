@@ -16,8 +16,10 @@ from tests.support.families import (
     DSA,
     GROUPED_CASES,
     INDEXED,
+    KIMI,
     NEXT,
     ODD,
+    OF_KIMI,
     OSS,
     TYPES,
     V32,
@@ -174,6 +176,7 @@ CONFIGS = {
     "v3.2": {**family_config(V32, **INDEXED), "max_position_embeddings": 32768},
     "windows": family_config(OSS, sliding_window=24, max_position_embeddings=32768),
     "delta": family_config(NEXT, max_position_embeddings=32768),
+    "kimi": family_config(KIMI, **OF_KIMI | {"model_max_length": 32768}),
 }
 CONFIGS["v4"]["rope_scaling"]["original_max_position_embeddings"] = 256
 

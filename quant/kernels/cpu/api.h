@@ -170,6 +170,7 @@ struct Absorbed {
 struct Attention {
     int64_t heads, n, p, r, v;
     int64_t halves;  // rotated are columns i and i + p / 2 of a head; else 2 i and 2 i + 1
+    int64_t row;     // its layer in `Tokens::rows`
     float eps, latent_eps, scale, unused;
     const float *input_norm, *query_norm, *latent_norm, *next_norm;  // query_norm is null without q-LoRA
     Matrix query, query_b, latent, out;  // without q-LoRA `query` makes the heads' queries and `query_b` is unused
@@ -229,15 +230,20 @@ struct Grouped {
 constexpr int64_t kTaps = 4;  // tokens that a convolution is over
 
 // A gated delta rule, see delta.h: each head of keys and queries, of k columns, belongs to some heads of values, of v.
-// A row of inputs has what is convolved, q, k and v, of all heads each, then b and a of the heads of values.
+// A row of inputs has what is convolved, q, k and v, of all heads each, then b and a of the heads of values, or a of all
+// their channels of keys, if they decay by_channel; then a sigmoid gates the result, else SiLU.
 struct DeltaRule {
-    int64_t key_heads, heads, k, v;
+    int64_t key_heads, heads, k, v, by_channel;
     float eps, unused;
-    const float *convolution, *decay, *bias, *norm;  // [kTaps, columns], [heads], [heads], [v]
+    const float *convolution, *decay, *bias, *norm;  // [kTaps, columns], [heads], [heads, decays], [v]
 
     int64_t columns() const { return 2 * key_heads * k + heads * v; }
-    int64_t inputs() const { return columns() + 2 * heads; }
-    bool valid() const { return key_heads >= 1 && heads >= key_heads && heads % key_heads == 0 && k >= 1 && v >= 1; }
+    int64_t decays() const { return by_channel ? k : 1; }
+    int64_t inputs() const { return columns() + heads * (1 + decays()); }
+    bool valid() const {
+        return key_heads >= 1 && heads >= key_heads && heads % key_heads == 0 && k >= 1 && v >= 1 &&
+               (!by_channel || heads == key_heads);
+    }
 };
 
 // Rows of inputs of one sequence, of which the first `past` are for the convolution alone. The state [heads, k, v],
@@ -254,6 +260,7 @@ struct Delta : DeltaRule {
     const float *input_norm, *next_norm;
     Matrix qkv, z, b, a, out, gate;
     const float* gate_bias;
+    Matrix z_latent, a_latent;  // what z and a multiply; n is 0 where that is the layer's input
 
     bool valid(const Tokens& tokens) const;
 };
@@ -308,7 +315,7 @@ struct Model {
 };
 
 // What entries of other files are made of. No argument is checked here.
-void attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
+void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h,
                const Tokens& tokens, float* y, float* x, float* logits);
 void grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t t, const float* h, const Tokens& tokens,
                    float* y, float* x, float* logits);

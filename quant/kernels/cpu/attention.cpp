@@ -274,7 +274,7 @@ bool Attention::valid(const Tokens& tokens) const {
     return !gate.n || gate.valid();
 }
 
-void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
+void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h,
                         const Tokens& tokens, float* y, float* x, float* logits) {
     const int64_t* positions = tokens.positions;
     const float *table = tokens.table, *query_scale = tokens.query_scale;
@@ -298,7 +298,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
         const bool chosen = a.topk && positions[token] + 1 > a.topk;
         const int64_t context = chosen ? a.topk : positions[token] + 1;
         mlas[token] = mla_for(q_full + token * heads * width, latent_out + token * heads * r,
-                              tokens.rows.at(token, layer, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
+                              tokens.rows.at(token, a.row, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
         if (chosen) mlas[token].list = tokens.lists + token * a.topk;
     }
     give_buffers(job, mlas, t);
@@ -308,7 +308,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
         float* row = rows + token * width;
         isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
         rotate(row + r, table + token * p, p / 2, a.halves, row + r);
-        isa.store_latent(row, r, p, tokens.rows.at(token, layer, positions[token]));
+        isa.store_latent(row, r, p, tokens.rows.at(token, a.row, positions[token]));
     });
     const Absorption absorbed{job, isa, *a.kv_b, false, q, n + p, t, q_full, width};
     job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {

@@ -155,7 +155,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 continue;
             }
             if (layer.attention)
-                attention(job, isa, *layer.attention, l, t, stream, *tokens, attended, x, logits);
+                attention(job, isa, *layer.attention, t, stream, *tokens, attended, x, logits);
             else if (layer.grouped)
                 grouped_layer(job, isa, *layer.grouped, t, stream, *tokens, attended, x, logits);
             else if (layer.delta)

@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kPiece = 64;    // rows that go through at once: what they become stays in the second-level cache
 constexpr float kSmall = 1e-6f;  // beside the squares of a query's or a key's length
 
-// Columns of a row as the rule reads it: q, k and v convolved, and of each head its decay, beta and q k.
-int64_t rule_columns(const DeltaRule& r) { return r.columns() + 3 * r.heads; }
+// Columns of a row as the rule reads it: q, k and v convolved, and of each head its beta, q k and decays.
+int64_t rule_columns(const DeltaRule& r) { return r.columns() + (2 + r.decays()) * r.heads; }
 
 // One head of keys of one row of inputs, with its heads of values. x has `taps` rows, the last of them its own.
 void prepare(const Isa& isa, const DeltaRule& r, const float* x, int64_t stride, int64_t taps, int64_t head, float* y) {
@@ -31,11 +31,19 @@ void prepare(const Isa& isa, const DeltaRule& r, const float* x, int64_t stride,
     float both;
     isa.linear_dense(q, 1, r.k, k, Source::f32, 0, 1, &both, 1);
     for (int64_t i = head * of_head; i < (head + 1) * of_head; i++) {
-        const double b = own[columns + i], step = double(own[columns + r.heads + i]) + r.bias[i];
-        const double softplus = (step > 0 ? step : 0) + std::log1p(std::exp(-std::fabs(step)));
-        float* gates = y + columns + 3 * i;
-        gates[0] = float(std::exp(-std::exp(double(r.decay[i])) * softplus));
-        gates[1] = float(1 / (1 + std::exp(-b))), gates[2] = both;
+        const int64_t decays = r.decays();
+        const double b = own[columns + i], rate = std::exp(double(r.decay[i]));
+        const float *steps = own + columns + r.heads + i * decays, *bias = r.bias + i * decays;
+        float* gates = y + columns + (2 + decays) * i;
+        gates[0] = float(1 / (1 + std::exp(-b))), gates[1] = both;
+        if (r.by_channel) {
+            isa.decays(steps, bias, float(rate), decays, gates + 2);
+            for (int64_t j = 0; j < decays; j++) q[j] *= gates[2 + j];
+        } else {
+            const double step = double(*steps) + *bias;
+            const double softplus = (step > 0 ? step : 0) + std::log1p(std::exp(-std::fabs(step)));
+            gates[2] = float(std::exp(-rate * softplus));
+        }
     }
 }
 
@@ -67,12 +75,14 @@ void slotmoe::delta_rule(Job& job, const Isa& isa, const DeltaRule& r, const Del
         const int64_t head = i / blocks % r.heads, column = i % blocks * kDeltaColumns;
         int64_t first = 0;
         for (const DeltaSpan* before = spans; before != &span; before++) first += own(*before);
-        const float *own_x = x + first * wide, *q = own_x + head / of_head * r.k, *gates = own_x + columns + 3 * head;
+        const float *own_x = x + first * wide, *q = own_x + head / of_head * r.k;
+        const float* gates = own_x + columns + (2 + r.decays()) * head;
         const float* v = own_x + 2 * r.key_heads * r.k + head * r.v + column;
         const int64_t state = head * r.k * r.v + r.k * column;
         float* to = out + first * values + head * r.v + column;
         DeltaBlock d{r.k, r.v - column < kDeltaColumns ? r.v - column : kDeltaColumns, span.folded, wide, q,
-                     q + r.key_heads * r.k, v, gates, span.before + state, span.after + state, to, values};
+                     q + r.key_heads * r.k, v, gates, span.before + state, span.after + state, to, values,
+                     r.by_channel != 0};
         if (span.folded) isa.delta_block(d), d.before = d.after;
         const int64_t behind = own(span) - span.folded, apart = span.folded * wide;
         if (!behind) return;
@@ -86,6 +96,7 @@ void slotmoe::delta_rule(Job& job, const Isa& isa, const DeltaRule& r, const Del
         for (const DeltaSpan* before = spans; before != span; before++) first += own(*before);
         float* o = out + (first + own(*span) - span->outs + token) * values + i % r.heads * r.v;
         isa.rms_norm(o, r.norm, r.v, r.eps, o);
+        if (r.by_channel) return isa.gated(o, z + i * r.v, r.v, y + i * r.v);
         isa.activate(z + i * r.v, o, {}, y + i * r.v, r.v);
     });
 }
@@ -93,24 +104,30 @@ void slotmoe::delta_rule(Job& job, const Isa& isa, const DeltaRule& r, const Del
 bool Delta::valid(const Tokens& tokens) const {
     const int64_t values = heads * v, floats = sizeof(float);
     if (!DeltaRule::valid() || !qkv.valid() || !z.valid() || !b.valid() || !a.valid() || !out.valid()) return false;
-    if (qkv.n != columns() || z.n != values || b.n != heads || a.n != heads || out.k != values) return false;
+    if (qkv.n != columns() || z.n != values || b.n != heads || a.n != heads * decays() || out.k != values) return false;
+    if (z.k != (z_latent.n ? z_latent.n : qkv.k) || a.k != (a_latent.n ? a_latent.n : qkv.k)) return false;
+    if (!z_latent.n != !a_latent.n || (z_latent.n && !(z_latent.valid() && a_latent.valid()))) return false;
     return tokens.folds && tokens.inputs.row_bytes == inputs() * floats &&
            tokens.states.row_bytes == values * k * floats && (!gate.n || gate.valid());
 }
 
 void slotmoe::delta_layer(Job& job, const Isa& isa, const Delta& a, int64_t t, const float* h, const Tokens& tokens,
                           float* y, float* x, float* logits) {
-    const int64_t columns = a.columns(), heads = a.heads, values = heads * a.v;
+    const int64_t columns = a.columns(), heads = a.heads, values = heads * a.v, decays = heads * a.decays();
     const auto row = [&](const Store& store, int64_t token, int64_t at) {
         return reinterpret_cast<float*>(store.at(token, a.layer, at));
     };
     float *qkv = job.scratch<float>(kQuery, t * columns), *z = job.scratch<float>(kQueryFull, t * values);
-    float *b = job.scratch<float>(kRow, 2 * t * heads), *steps = b + t * heads;
+    float *b = job.scratch<float>(kRow, t * (heads + decays)), *steps = b + t * heads;
+    const bool by_latents = a.z_latent.n > 0;
+    float *of_z = job.scratch<float>(kQueryLatent, t * (a.z_latent.n + a.a_latent.n)), *of_a = of_z + t * a.z_latent.n;
     norm_rows(job, isa, h, a.input_norm, t, a.qkv.k, a.eps, x);
     multiply(job, {{job, isa, a.qkv, x, t, qkv},
-                   {job, isa, a.z, x, t, z, nullptr, kAct, kActFactor},
+                   {job, isa, by_latents ? a.z_latent : a.z, x, t, by_latents ? of_z : z, nullptr, kAct, kActFactor},
                    {job, isa, a.b, x, t, b, nullptr, kGate, kUp},
-                   {job, isa, a.a, x, t, steps, nullptr, kOuts, kParts}});
+                   {job, isa, by_latents ? a.a_latent : a.a, x, t, by_latents ? of_a : steps, nullptr, kOuts, kParts}});
+    if (by_latents)
+        multiply(job, {{job, isa, a.z, of_z, t, z}, {job, isa, a.a, of_a, t, steps, nullptr, kAct, kActFactor}});
     DeltaSpan* spans = job.scratch<DeltaSpan>(kDeltaSpans, t);
     int64_t count = 0;
     for (int64_t i = 0; i < t; i++) {
@@ -118,7 +135,7 @@ void slotmoe::delta_layer(Job& job, const Isa& isa, const Delta& a, int64_t t, c
         float* to = row(tokens.inputs, i, position);
         memcpy(to, qkv + i * columns, size_t(columns) * 4);
         memcpy(to + columns, b + i * heads, size_t(heads) * 4);
-        memcpy(to + columns + heads, steps + i * heads, size_t(heads) * 4);
+        memcpy(to + columns + heads, steps + i * decays, size_t(decays) * 4);
         const auto [at, read, end] = tokens.folds[i];
         if (!i || tokens.states.start[i] != tokens.states.start[i - 1]) {
             const int64_t past = at < kTaps - 1 ? at : kTaps - 1;
@@ -136,10 +153,11 @@ void slotmoe::delta_layer(Job& job, const Isa& isa, const Delta& a, int64_t t, c
 EXPORT int slotmoe_delta(const float* inputs, const float* z, const float* convolution, const float* decay,
                          const float* bias, const float* norm, const float* before, float* after, int64_t rows,
                          int64_t width, int64_t columns, int64_t t, int64_t key_heads, int64_t heads, int64_t k,
-                         int64_t v, int64_t past, int64_t folded, float eps, float* y) {
-    const DeltaRule rule{key_heads, heads, k, v, eps, 0.0f, convolution, decay, bias, norm};
-    if (!rule.valid() || columns != rule.columns() || width != rule.inputs() || past < 0 || past >= kTaps || t < 1 ||
-        t > rows - past || folded < 0 || folded > rows - past)
+                         int64_t v, int64_t decays, int64_t past, int64_t folded, int64_t by_channel, float eps,
+                         float* y) {
+    const DeltaRule rule{key_heads, heads, k, v, by_channel, eps, 0.0f, convolution, decay, bias, norm};
+    if (!rule.valid() || columns != rule.columns() || decays != heads * rule.decays() || width != rule.inputs() ||
+        past < 0 || past >= kTaps || t < 1 || t > rows - past || folded < 0 || folded > rows - past)
         return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         const auto part = [&](int64_t count, int64_t first) {  // of so many, those of a piece of rows

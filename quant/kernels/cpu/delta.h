@@ -3,6 +3,7 @@
 //
 // Of a head: queries q and keys k [K], values v [W]. A column of its state S [K, W] depends on one value of each token:
 //   m = kᵀ S, p = qᵀ S;  change = beta (v - decay m);  out = decay p + (qᵀ k) change;  S = decay S + k changeᵀ
+// Where each row of S decays by itself (arXiv 2510.26692), the k and q of m and p are times that.
 namespace slotmoe {
 namespace {
 
@@ -16,6 +17,16 @@ void convolve(const float* x, int64_t stride, const float* weights, int64_t apar
 
 void gated(const float* x, const float* gate, int64_t n, float* y) {
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * sigmoid(gate[i]);
+}
+
+// y = exp(-rate softplus(x + bias)), by log(1 + t) = 2 artanh(t / (2 + t)) of a t from 0 to 1.
+void decays(const float* x, const float* bias, float rate, int64_t n, float* y) {
+    for (int64_t i = 0; i < n; i++) {
+        const float step = x[i] + bias[i], t = exp_float(step > 0.0f ? -step : step), z = t / (2.0f + t);
+        float sum = 0.0f;
+        for (int odd = 13; odd > 0; odd -= 2) sum = sum * (z * z) + 1.0f / float(odd);
+        y[i] = exp_float(-rate * ((step > 0.0f ? step : 0.0f) + 2.0f * z * sum));
+    }
 }
 
 constexpr int kDeltaParts = kDeltaColumns / 16;
@@ -40,7 +51,7 @@ struct Columns {
 };
 
 // Each token's change of the state is made while the next one's products with it are.
-template <bool kWhole>
+template <bool kWhole, bool kChannels>
 SLOTMOE_NOINLINE void delta_columns(const DeltaBlock d) {  // its own copy: stores can't change that
     const Columns<kWhole> columns{d.columns};
     const int64_t apart = kWhole ? kDeltaColumns : d.columns;
@@ -52,21 +63,26 @@ SLOTMOE_NOINLINE void delta_columns(const DeltaBlock d) {  // its own copy: stor
     const auto none = [&] {
         for (int part = 0; part < kDeltaParts; part++) m[part] = p[part] = Lanes::zero();
     };
+    const auto key = [](const float* k, const float* gates, int64_t i) {
+        return Lanes::broadcast(kChannels ? k[i] * gates[2 + i] : k[i]);
+    };
     none();
     for (int64_t i = 0; i < d.keys; i++)
         for (int part = 0; part < kDeltaParts; part++)
-            see(part, columns.load(state + i * apart, part), Lanes::broadcast(d.k[i]), Lanes::broadcast(d.q[i]));
+            see(part, columns.load(state + i * apart, part), key(d.k, d.gates, i), Lanes::broadcast(d.q[i]));
     for (int64_t token = 0; token < d.t; token++, state = d.after) {
         const float *k = d.k + token * d.stride, *q = d.q + token * d.stride, *gates = d.gates + token * d.stride;
-        const F decay = Lanes::broadcast(gates[0]), beta = Lanes::broadcast(gates[1]), less = Lanes::broadcast(-gates[0]);
+        const float all = kChannels ? 1.0f : gates[2];
+        const F decay = Lanes::broadcast(all), beta = Lanes::broadcast(gates[0]), less = Lanes::broadcast(-all);
         for (int part = 0; part < kDeltaParts; part++) {
             const F missing = Lanes::fma(less, m[part], columns.load(d.v + token * d.stride, part));
             change[part] = Lanes::mul(beta, missing);
-            const F own = Lanes::mul(Lanes::broadcast(gates[2]), change[part]);
+            const F own = Lanes::mul(Lanes::broadcast(gates[1]), change[part]);
             columns.store(d.out + token * d.out_stride, part, Lanes::fma(decay, p[part], own));
         }
         const auto changed = [&](int64_t i, int part, F of_key) {
-            const F s = Lanes::mul(decay, columns.load(state + i * apart, part));
+            const F less = kChannels ? Lanes::broadcast(gates[2 + i]) : decay;
+            const F s = Lanes::mul(less, columns.load(state + i * apart, part));
             const F sum = Lanes::fma(of_key, change[part], s);
             columns.store(d.after + i * apart, part, sum);
             return sum;
@@ -78,7 +94,7 @@ SLOTMOE_NOINLINE void delta_columns(const DeltaBlock d) {  // its own copy: stor
         }
         none();
         for (int64_t i = 0; i < d.keys; i++) {
-            const F of_key = Lanes::broadcast(k[i]), next_k = Lanes::broadcast(k[d.stride + i]);
+            const F of_key = Lanes::broadcast(k[i]), next_k = key(k + d.stride, gates + d.stride, i);
             const F next_q = Lanes::broadcast(q[d.stride + i]);
             for (int part = 0; part < kDeltaParts; part++) see(part, changed(i, part, of_key), next_k, next_q);
         }
@@ -86,7 +102,8 @@ SLOTMOE_NOINLINE void delta_columns(const DeltaBlock d) {  // its own copy: stor
 }
 
 void delta_block(const DeltaBlock& d) {
-    (d.columns == kDeltaColumns ? delta_columns<true> : delta_columns<false>)(d);
+    if (d.channels) return (d.columns == kDeltaColumns ? delta_columns<true, true> : delta_columns<false, true>)(d);
+    (d.columns == kDeltaColumns ? delta_columns<true, false> : delta_columns<false, false>)(d);
 }
 
 }  // namespace

@@ -126,11 +126,12 @@ constexpr int kDeltaColumns = 32;
 struct DeltaBlock {
     int64_t keys, columns, t, stride;
     const float *q, *k, *v;
-    const float* gates;   // decay, beta, q k
+    const float* gates;   // beta, q k, and what decays: all, or each of the keys, if by `channels`; q has that already
     const float* before;  // the state
     float* after;         // may be `before`
     float* out;           // [t, columns], `out_stride` floats apart
     int64_t out_stride;
+    bool channels;
 };
 
 constexpr int64_t latent_bytes(int64_t r, int64_t p) {  // of a cache row
@@ -203,6 +204,7 @@ struct Isa {
     void (*convolve)(const float* x, int64_t stride, const float* weights, int64_t apart, int64_t taps, int64_t n,
                      float* y);
     void (*delta_block)(const DeltaBlock& d);
+    void (*decays)(const float* x, const float* bias, float rate, int64_t n, float* y);
     void (*gated)(const float* x, const float* gate, int64_t n, float* y);  // x times the gate's sigmoid
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end

@@ -72,9 +72,9 @@ SIGNATURES = {
     "compress": "kv:f32[T,J,Z] gate:f32[T,J,Z] bias:f32[J,Z] norm:f32[Z] T J Z eps:float"
     " >y:f32[T,Z]",
     # a gated delta rule, see delta.cpp; G heads of keys, the state's columns in blocks of 32
-    "delta": "inputs:f32[S,X] z:f32[T,A,V] convolution:f32[4,C] decay:f32[A] bias:f32[A]"
-    " norm:f32[V] before:f32[A,K,V] after:f32[A,K,V] S X C T G A K V past:size folded:size"
-    " eps:float >y:f32[T,A,V]",
+    "delta": "inputs:f32[S,X] z:f32[T,A,V] convolution:f32[4,C] decay:f32[A] bias:f32[B]"
+    " norm:f32[V] before:f32[A,K,V] after:f32[A,K,V] S X C T G A K V B past:size folded:size"
+    " by_channel:size eps:float >y:f32[T,A,V]",
     "gated": "x:f32[T,K] gate:f32[T,K] T K >y:f32[T,K]",
     # each head's query times its first N rows of kv_b; its latent through the other V rows
     "absorb_query": "kv_b:bound q:f32[T,A,N] T >y:f32[T,A,R]",

@@ -194,7 +194,7 @@ _INDEXER = Structure(
     " query:matrix[X,Q] weights:matrix[A,H] key?:matrix[W,H] key_norm?:f32[W] key_bias?:f32[W]"
 )
 _ATTENTION = Structure(
-    "heads n p r v halves eps:float latent_eps:float scale:float unused:float"
+    "heads n p r v halves row eps:float latent_eps:float scale:float unused:float"
     " input_norm:f32[H] query_norm?:f32[Q] latent_norm:f32[R] next_norm:f32[H]"
     " query:matrix[Q,H] query_b?:matrix[X,Q] latent:matrix[W,H] out:matrix[H,Y] gate?:matrix[E,H]"
     " gate_bias?:f32[E] kv_b:bound indexer:bound keys topk"
@@ -216,9 +216,10 @@ _GROUPED = Structure(
     " gate_bias?:f32[E] query_gate?:matrix[X,H]"
 )
 _DELTA = Structure(
-    "key_heads heads k v eps:float unused:float convolution:f32[4,dC] decay:f32[dA] bias:f32[dA]"
-    " norm:f32[dV] layer input_norm:f32[H] next_norm:f32[H] qkv:matrix[dC,H] z:matrix[dY,H]"
-    " b:matrix[dA,H] a:matrix[dA,H] out:matrix[H,dY] gate?:matrix[E,H] gate_bias?:f32[E]"
+    "key_heads heads k v by_channel eps:float unused:float convolution:f32[4,dC] decay:f32[dA]"
+    " bias:f32[dB] norm:f32[dV] layer input_norm:f32[H] next_norm:f32[H] qkv:matrix[dC,H]"
+    " z:matrix[dY,dX] b:matrix[dA,H] a:matrix[dB,dX] out:matrix[H,dY] gate?:matrix[E,H]"
+    " gate_bias?:f32[E] z_latent?:matrix[dX,H] a_latent?:matrix[dX,H]"
 )
 _HYPER = Structure("fn:f32[L,J] base:f32[L] scale:f32[3] m iterations eps:float hc_eps:float")
 _LAYER = Structure(
@@ -243,8 +244,9 @@ Groups = dict[tuple[int, bool], GroupShape]
 """By ratio, and whether they are keys of an indexer."""
 
 
-def sizes_of(geometry: Geometry, layer: Layer[Prepared]) -> dict[str, int]:
+def sizes_of(geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> dict[str, int]:
     """What all layers have alike."""
+    layer = next((one for one in layers if not isinstance(one.attention, Delta)), layers[0])
     attention, (heads, n, p, r, v) = layer.attention, geometry[:5]
     sizes = {"H": len(layer.input_layernorm), "A": heads, "R": r, "C": p // 2}
     if (delta := geometry.delta) is not None:
@@ -256,17 +258,16 @@ def sizes_of(geometry: Geometry, layer: Layer[Prepared]) -> dict[str, int]:
     if isinstance(attention, Compressed):
         assert geometry.compressed is not None
         return sizes | {"Q": len(attention.q_a_norm), "Y": heads * r // geometry.compressed.groups}
-    assert isinstance(attention, Mla)
-    if attention.q_a_layernorm is not None:
+    if isinstance(attention, Mla) and attention.q_a_layernorm is not None:
         sizes["Q"] = len(attention.q_a_layernorm)
     return sizes | {"W": r + p, "Y": heads * v}
 
 
 def mla_layer(
-    geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], keys: int = 0, topk: int = 0
+    geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], at: int, keys: int, topk: int
 ) -> Bound:
-    """The weights of one layer up to its router.  Its indexer, if it has one, is the model's
-    `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises `ValueError`."""
+    """The weights of the `at`-th layer with latents up to its router.  Its indexer, if it has one,
+    is the model's `keys`-th; `topk`, unless 0, is how many rows it attends to.  `ValueError`."""
     mla, own = layer.attention, None
     assert isinstance(mla, Mla) and isinstance(mla.kv_b_proj, Absorbed)
     mla.kv_b_proj.agree({"A": geometry.H, "N": geometry.N, "R": geometry.R, "V": geometry.V})
@@ -277,7 +278,7 @@ def mla_layer(
         own = _indexer(geometry, sizes, *parts)
     return _ATTENTION.bind(
         sizes,
-        *(*geometry[:5], geometry.halves),
+        *(*geometry[:5], geometry.halves, at),
         *(geometry.eps, geometry.latent_eps, geometry.softmax_scale, 0.0),
         *(layer.input_layernorm, mla.q_a_layernorm, mla.kv_a_layernorm),
         layer.post_attention_layernorm,
@@ -351,6 +352,7 @@ def delta_layer(
         *(*geometry.delta, geometry.eps, 0.0, w.conv, w.a_log, w.dt_bias, w.value_norm, index),
         *(layer.input_layernorm, layer.post_attention_layernorm, w.in_proj_qkv, w.in_proj_z),
         *(w.in_proj_b, w.in_proj_a, w.out_proj, layer.gate, layer.gate_bias),
+        *(w.in_proj_z_latent, w.in_proj_a_latent),
     )
 
 
@@ -385,7 +387,7 @@ class BoundLayers(Bound):
     def __init__(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[BoundMlp | None]
     ) -> None:
-        sizes, groups, bound = sizes_of(geometry, layers[0]), Groups(), list[Bound]()
+        sizes, groups, bound = sizes_of(geometry, layers), Groups(), list[Bound]()
         sizes["K"], deltas, indexers, topk, self.window = geometry.router.top_k, 0, 0, 0, 0
         of_groups = [0, 0]  # rows of a token, of layers without a window and with one
         for layer, mlp in zip(layers, mlps, strict=True):
@@ -405,7 +407,7 @@ class BoundLayers(Bound):
                 has = layer.attention.indexer is not None
                 if geometry.indexer is not None and (indexers or has):
                     topk = geometry.indexer.topk
-                mla = mla_layer(geometry, layer, sizes, indexers, topk)
+                mla = mla_layer(geometry, layer, sizes, len(bound) - deltas, indexers, topk)
                 indexers += has
             if mlp is not None:
                 mlp.agree(sizes)
@@ -421,7 +423,7 @@ class BoundLayers(Bound):
         if geometry.compressed is not None:  # a row's last columns are rotated
             self.window, rotated = geometry.compressed.window, 0
         # What a sequence has: layers, or groups of them, and bytes of a row.
-        self.rows = len(layers), latent_bytes(geometry.R, rotated)
+        self.rows = len(layers) - deltas, latent_bytes(geometry.R, rotated)
         self.keys = indexers, latent_bytes(geometry.indexer.A, 0) if geometry.indexer else 0
         if geometry.grouped is not None:
             width = latent_bytes(geometry.R, geometry.R)
@@ -429,7 +431,7 @@ class BoundLayers(Bound):
         self.inputs = self.states = 0, 0
         if (of := geometry.delta) is not None:
             self.attention = Delta
-            self.inputs = deltas, 4 * (sizes["dC"] + 2 * of.value_heads)
+            self.inputs = deltas, 4 * (sizes["dC"] + sizes["dA"] + sizes["dB"])
             self.states = deltas, 4 * of.value_heads * of.K * of.V
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
