@@ -219,3 +219,10 @@ def test_an_agents_day_reads_little_twice(export, tmp_path, nightly):
     assert twice["goes on"] <= 9  # the last token of prompts whose reasoning is left out
     assert twice["a message taken back"] <= 16
     assert twice["a summary of the middle"] < spacing
+
+
+def test_unknown_tokens_have_rows_of_every_layer(runtime):
+    state = runtime.engine.batch.sequences[0].state
+    runtime.engine.empty(300)
+    for kept in state._kept:
+        assert all(rows.any() for rows in kept.between(0, 300))

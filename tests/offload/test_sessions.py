@@ -201,7 +201,8 @@ def held(folder, tokens):
 def test_files_are_as_documented(tmp_path):
     folder, (first, last) = BlockFolder(tmp_path, 1 << 20, pytest.fail), chain(ROOT, [*range(70)])
     behind = last.begun(3, is_snapshot=True)
-    folder.add([first, last], per_token(TOKEN_BYTES), rows_of, [behind])
+    given = [first, last], per_token(TOKEN_BYTES), rows_of, [behind]
+    assert folder.add(*given) > folder.add(*given) == 0
     for block in (first, last, behind):
         count, start, rows = len(block.tokens), block.tokens[0], rows_of(block)
         ids = struct.pack(f"<{count}I", *block.tokens)

@@ -1,6 +1,7 @@
 """Codecs: their bytes and encoders; products, norms, MLPs, experts and quantizers of the native
 kernels: beside plain numpy in float64, and bitsandbytes."""
 
+import json
 import math
 from itertools import product
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +46,11 @@ from tests.support.params import nth
 
 CHOICES = EXPERT_CODECS | {("kept", name): codecs for name, codecs in KEPT_CODECS.items()}
 by_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+
+
+def test_formats_that_exports_have_stay():
+    described = json.dumps([codec.describe() for codec in CODECS]).encode()
+    assert xxhash.xxh3_64_hexdigest(described) == "c8160d428a0788b7"
 
 
 @by_codec
