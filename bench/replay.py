@@ -23,6 +23,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.offload.observe import TraceStep
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.cache import FEATURES, Array, Cache, make_cache
+from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.tools.options import EXISTING, option
 
 OPTIMUM = "optimum"
@@ -43,7 +44,7 @@ def replay(choices: Choices, features: Array, policy: str, slots: int, experts: 
     """Hits of a policy of ``slotmoe.offload.policy``, or of ``OPTIMUM``."""
     if policy == OPTIMUM:
         return optimum(choices, slots)
-    cache = make_cache(policy, slots, len(choices[0]), experts)
+    cache = make_cache(policy, slots, len(choices[0]), experts, load())
     for token, seen in zip(choices, features, strict=True):
         cache.advance()
         for moe_layer, chosen in enumerate(token):
@@ -58,9 +59,9 @@ def replay(choices: Choices, features: Array, policy: str, slots: int, experts: 
 def offer(cache: Cache, expert_id: int, pinned: Sequence[int], must: bool = False) -> int | None:
     """The absent ``expert_id`` was used: what is evicted for it, which is not ``pinned``, if
     anything; itself if it gets no slot, which with ``must`` only is where all are pinned."""
-    held_N = np.zeros(cache.layers * cache.experts, np.bool_)
-    held_N[[*pinned]] = True
-    evicted = cache.victim(expert_id, held_N, must)
+    cache.held_N[:] = False
+    cache.held_N[[*pinned]] = True
+    evicted = cache.victim(expert_id, must)
     if evicted != expert_id:
         if evicted is not None:
             cache.remove(evicted)

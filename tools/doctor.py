@@ -102,7 +102,7 @@ def _kernels() -> Iterator[Check]:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     again = "install slotmoe again: pip install --force-reinstall --no-deps ."
     first = "" if compiler else "install a C++ compiler (as in: apt install g++), then "
-    problem = "not built: torch computes everything, up to 200 times slower"
+    problem = "not built: torch computes all, up to 200 times slower, and experts stay by lru"
     missing = Check("kernels", "bad", problem, first + again)
     try:
         isa = machine.instruction_set()

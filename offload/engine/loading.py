@@ -34,7 +34,7 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan
 from slotmoe.offload.plan.precision import precision_of
 from slotmoe.offload.plan.speed import MODES, Setting, Split, stored_bandwidths
-from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
@@ -80,6 +80,9 @@ class Options:
             if (given := getattr(self, name)) is not None and given not in values:
                 expected = f"expected one of: {', '.join(values)}"
                 raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
+        if self.cache_policy == "learned" and load() is None:
+            problem = "cache_policy learned needs the native kernels, which were not built"
+            raise ConfigError(f"{problem}; take lru, or see slotmoe doctor")
         for name, is_given, why in (
             ("slots", self.slots is not None, "keeps every expert resident"),
             ("experts_dirs", self.experts_dirs, "reads no export"),
@@ -403,10 +406,10 @@ class _Loader:
     def _cache(self, slots: int) -> Cache:
         """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
-        policy = self._options.cache_policy or DEFAULT_POLICY
-        policy = policy if slots < layers * experts else "lru"
-        native = load() if self._options.kernels == "auto" else None
-        return make_cache(policy, slots, layers, experts, native)
+        native, policy = load(), self._options.cache_policy
+        if native is None or slots >= layers * experts:
+            policy = "lru"
+        return make_cache(policy or "learned", slots, layers, experts, native)
 
     def _experts(self, export: Export, store: Store, weights: dict[str, Prepared]) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""

@@ -255,16 +255,16 @@ class Experts:
             self.lookahead.chosen(moe_layer, uses, len(missing))  # gives wrong guesses' slots back
         fetched, computed = self._divided(len(indices), uses, missing, len(missing) - left)
         reads = slots.demand(fetched[: slots.staging])
+        if hybrid is not None and computes:
+            hybrid.begin(download.others()[0], chosen, computed)
         self._met += coming
         self._fetched += len(fetched) - left
         newest = {moe_layer * self._cache.experts + expert for expert in indices[-1]}
         work = LayerWork(moe_layer, uses, newest, self._kept(moe_layer, len(indices)))
         work.reads, work.later = reads, fetched[slots.staging :]
         work.cached = [] if device.queues else [id for id in uses if id in cached]
-        if hybrid is not None and computes:
-            hybrid.begin(download.others()[0], chosen, computed)
-            if not work.many:  # the CPU is at work now, and the link; all else can wait for that
-                self._compute(work, y_TKD)
+        if computes and not work.many:  # CPU and link are at work now; all else can wait for that
+            self._compute(work, y_TKD)
         if missing or (work.many and not slots.complete):
             store.held_N[list(newest)] = True
             if work.many:

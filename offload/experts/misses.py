@@ -41,8 +41,7 @@ class HostCompute:
         split: Split,
     ):
         self.backend, self.records, self.host, self._device = backend, records, host, device
-        self.seconds, self._x_TD, self._at_once = 0.0, torch.empty(0), at_once
-        self._indices_TK = torch.empty(0, dtype=torch.int64)
+        self.seconds, self._at_once = 0.0, at_once
         self._waiting: list[int] = []
         self.split, self.computed = split, 0  # experts so far
 
@@ -59,7 +58,8 @@ class HostCompute:
 
     def begin(self, x_TD: Tensor, indices_TK: Tensor, expert_ids: list[int]) -> None:
         """A layer's input and choices, both in RAM, and which of the experts to compute."""
-        self._x_TD, self._indices_TK, self._waiting = x_TD, indices_TK, expert_ids
+        self._x_TD, self._chosen_N = x_TD.numpy(), indices_TK.numpy().reshape(-1)
+        self._waiting = expert_ids
         self.computed += len(expert_ids)
         self._acquire()
 
@@ -80,16 +80,17 @@ class HostCompute:
             if read.error is not None:
                 raise read.error
         started, experts = time.perf_counter(), self.host.cache.experts
-        slots_E, chosen_N = np.full(experts, -1, np.int32), self._indices_TK.numpy().reshape(-1)
+        slots_E, chosen_N = np.full(experts, -1, np.int32), self._chosen_N
         for read in ready:
             slots_E[read.expert_id - moe_layer * experts] = self.host.acquired[read].index
         found_N = np.flatnonzero(slots_E[chosen_N] >= 0)
-        uses, indices_N1 = map(torch.from_numpy, (found_N, chosen_N[found_N][:, None]))
         # Each use is a token of its own with one expert, so only what is computed has memory.
-        x_ND = self._x_TD[uses // self._indices_TK.shape[1]]
-        y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
-        self.backend.experts(x_ND, self.records, torch.from_numpy(slots_E), indices_N1, y_N1D)
-        self._device.write(y_N1D[:, 0], y_TKD.flatten(0, 1), uses)
+        # By numpy, whose calls take a fifth of torch's.
+        x_ND = self._x_TD[found_N // (len(chosen_N) // len(self._x_TD))]
+        x, slots, indices = map(torch.from_numpy, (x_ND, slots_E, chosen_N[found_N, None]))
+        y_N1D = torch.empty(len(found_N), 1, x_ND.shape[1])
+        self.backend.experts(x, self.records, slots, indices, y_N1D)
+        self._device.write(y_N1D[:, 0], y_TKD.flatten(0, 1), torch.from_numpy(found_N))
         self.seconds += time.perf_counter() - started
         for read in ready:
             self.host.release(read)

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
 
-import numpy as np
 import torch
 
 from slotmoe.offload.devices.device import Event, Region
@@ -111,7 +110,7 @@ class ExpertStore:
         # Ranks that say what STALE records are worth; 0, and what is outside, says nothing.
         self._ranks = range(1, 1)
         # Experts that are in use, here or not.
-        self.held_N = np.zeros(cache.layers * cache.experts, np.bool_)
+        self.held_N = cache.held_N
         # The slot of each cached expert, -1 of the others, and whether that has changed.
         self.table_ME = torch.full((cache.layers, cache.experts), -1, dtype=torch.int32)
         self._table_N, self.changed = self.table_ME.view(-1).numpy(), False
@@ -160,7 +159,7 @@ class ExpertStore:
     def admit(self, slot: Slot, must: bool = False) -> None:
         """A staged record was used: the cache keeps it, perhaps in place of another, or rejects it,
         which with ``must`` it may only where all that is cached is held."""
-        evicted = self.cache.victim(slot.expert, self.held_N, must)
+        evicted = self.cache.victim(slot.expert, must)
         if evicted == slot.expert:
             return self.move(slot, STALE)
         if evicted is not None:

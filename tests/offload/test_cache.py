@@ -1,53 +1,77 @@
-"""Cache policies in any order of events beside plain Python, and what inputs tell of the next
-experts."""
+"""Cache policies beside plain Python: in any order of events, and on recorded routing."""
 
 from itertools import chain, combinations
 
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bench.replay import offer
+from bench.replay import offer, read_trace
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import Learned, make_cache
+from slotmoe.offload.policy.cache import FEATURES, Learned, fold, make_cache
+from slotmoe.offload.runtime import Runtime
 from tests.support import states
-from tests.support.kernels import native
+from tests.support.engine import PROMPT
+from tests.support.kernels import native, needs_native
 
 LAYERS, EXPERTS, TOP = 3, 4, 2
 IDS = st.integers(0, LAYERS * EXPERTS - 1)
 GATES = st.sampled_from(list(combinations(range(EXPERTS), TOP)))
 PASS = st.lists(st.tuples(*[GATES] * LAYERS), min_size=1, max_size=4)
+DECAYS_21 = np.array([[0.9], [0.99]])
+
+
+class Plain:
+    """``learned`` by numpy, token by token."""
+
+    def __init__(self, *size):
+        self.visited_M, self.layer = np.full(size[0], -1), 0
+        self.weights_MFE = np.zeros((size[0], FEATURES + 1, size[1]))
+        self.last_MF, self.often_2ME = self.weights_MFE[..., 0].copy(), np.zeros((2, *size))
+        self.chance_ME, self.wait_ME = np.zeros(size), np.full(size, np.inf)
+        self.used_ME = np.full(size, -1)
+
+    def visit(self, layer, tokens, now, x_TD=None):
+        """A gate chose experts of ``tokens``, the newest of them ``now``."""
+        often_2E, next_E = self.often_2ME[:, layer], None
+        often_2E *= DECAYS_21 ** (now - len(tokens) - self.visited_M[layer])
+        weights_FE, last_F = self.weights_MFE[layer], self.last_MF[layer]
+        for token, chosen in enumerate(tokens):
+            used_E = np.isin(range(often_2E.shape[1]), chosen)
+            often_2E += (1 - DECAYS_21) * (used_E - often_2E)
+            if x_TD is not None and np.isfinite(x_F := fold(x_TD[token, None])[0]).all():
+                weights_FE += np.outer(0.05 / FEATURES * last_F, used_E - last_F @ weights_FE)
+                last_F[:] = [*x_F, 3.0]
+                next_E = last_F @ weights_FE
+        self.layer, self.visited_M[layer], self.used_ME[layer, tokens[-1]] = layer, now, now
+        self.estimate(layer, slice(None), now, next_E)
+
+    def estimate(self, layer, experts, now, next_E=None):
+        faded_21 = DECAYS_21 ** (now - self.visited_M[layer])
+        short_E, long_E = faded_21 * self.often_2ME[:, layer, experts]
+        newest_E = self.used_ME[layer, experts] == now
+        chance_E = 0.1 * newest_E + 0.3 * short_E + 0.6 * long_E
+        chance_E = chance_E if next_E is None else next_E.clip(0, 1)
+        self.chance_ME[layer, experts] = chance_E
+        turns_E = (1 - chance_E) / np.maximum(long_E, 1e-9)
+        self.wait_ME[layer, experts] = turns_E * len(self.visited_M)
+
+    def worths(self):
+        until_M = (np.arange(len(self.visited_M)) - self.layer - 1) % len(self.visited_M) + 1
+        until_M1 = until_M[:, None]
+        return np.maximum(self.chance_ME / until_M1, 1 / (until_M1 + self.wait_ME)).ravel()
 
 
 class Policy(RuleBasedStateMachine):
-    """A cache whose averages are rescaled every few tokens, beside a list of all uses."""
+    """A cache beside ``Plain``, or the number of each expert's latest use."""
 
-    @initialize(policy=st.sampled_from(POLICIES), slots=st.integers(1, 7), plain=st.booleans())
-    def start(self, policy, slots, plain):
-        self.cache = make_cache(policy, slots, LAYERS, EXPERTS, None if plain else native)
-        self.cache.RESCALE = 3
-        self.now, self.layer, self.count = 0, 0, 0
-        self.uses = [[] for _ in range(LAYERS * EXPERTS)]  # of each: (how many before it, token)
-        self.visited, self.judged = [-1] * LAYERS, [-1] * LAYERS * EXPERTS  # with which token
+    @initialize(policy=st.sampled_from(POLICIES if native else ["lru"]), slots=st.integers(1, 7))
+    def start(self, policy, slots):
+        self.cache = make_cache(policy, slots, LAYERS, EXPERTS, native)
+        self.learned, self.used_N = Plain(LAYERS, EXPERTS), np.full(LAYERS * EXPERTS, -1)
+        self.now, self.count = 0, 0
         self.cached, self.counts = set(), dict.fromkeys(("hits", "misses", "evictions"), 0)
         self.counts["bypassed"] = 0
-
-    def worth(self, id):
-        """What a slot with the expert returns, straight from all uses."""
-        if not isinstance(self.cache, Learned):
-            return self.uses[id][-1][0] if self.uses[id] else -1
-        if (now := self.judged[id]) < 0:
-            return 0.0
-        tokens = [token for _, token in self.uses[id]]
-        short, long = (
-            sum((1 - decay) * decay ** (now - token) for token in tokens)
-            for decay in (Learned.SHORT, Learned.LONG)
-        )
-        newest, a, b = Learned.WEIGHTS
-        chance = newest * (now in tokens) + a * short + b * long  # without a forecast
-        until = (id // EXPERTS - self.layer - 1) % LAYERS + 1
-        return max(chance / until, 1 / (until + (1 - chance) * LAYERS / max(long, 1e-9)))
 
     @rule(tokens=PASS, first=st.integers(1, 4))
     def read(self, tokens, first):
@@ -63,14 +87,12 @@ class Policy(RuleBasedStateMachine):
                 self.offer(id, pinned={*ids[-1]}, must=False)
 
     def use(self, layer, ids, later):
-        self.cache.use_chunk(layer, [[id % EXPERTS for id in token] for token in ids], later)
-        newest, used = self.now - later, {*chain(*ids)}
-        for token, chosen in enumerate(ids, newest - len(ids) + 1):
-            for id in chosen:
-                self.uses[id].append((self.count, token))
-                self.count += 1
-        self.layer, self.visited[layer] = layer, newest
-        self.judged[layer * EXPERTS : (layer + 1) * EXPERTS] = [newest] * EXPERTS
+        tokens, used = [[id % EXPERTS for id in token] for token in ids], {*chain(*ids)}
+        self.cache.use_chunk(layer, tokens, later)
+        self.learned.visit(layer, tokens, self.now - later)
+        for id in chain(*ids):
+            self.used_N[id] = self.count
+            self.count += 1
         self.counts["hits"] += len(used & self.cached)
         self.counts["misses"] += len(used - self.cached)
 
@@ -78,12 +100,12 @@ class Policy(RuleBasedStateMachine):
     def offer(self, id, pinned, must):
         if id in self.cached:
             return
-        full = len(self.cached) == self.cache.slots
-        if self.visited[id // EXPERTS] != self.now:
-            self.judged[id] = self.now
-        evicted, worth_N = offer(self.cache, id, pinned, must), self.cache._worth_now()
-        leaves = min(self.cached - pinned, key=lambda id: (worth_N[id], id), default=id)
-        if self.cache.bypass and not must and worth_N[leaves] >= worth_N[id]:
+        full, (layer, expert) = len(self.cached) == self.cache.slots, divmod(id, EXPERTS)
+        if full and self.learned.visited_M[layer] != self.now:
+            self.learned.estimate(layer, slice(expert, expert + 1), self.now)
+        evicted, worths = offer(self.cache, id, pinned, must), self.worths()
+        leaves = min(self.cached - pinned, key=lambda id: (worths[id], id), default=id)
+        if self.cache.bypass and not must and worths[leaves] >= worths[id]:
             leaves = id
         assert evicted == (leaves if full else None)
         self.counts["bypassed"] += full and leaves == id
@@ -91,15 +113,18 @@ class Policy(RuleBasedStateMachine):
         if not full or leaves != id:
             self.cached = self.cached - {leaves} | {id} if full else self.cached | {id}
 
+    def worths(self):
+        return self.cache._worths(range(LAYERS * EXPERTS))
+
     @invariant()
     def same(self):
-        cache, ids = self.cache, range(LAYERS * EXPERTS)
-        np.testing.assert_allclose(cache._worth_now(), [*map(self.worth, ids)], rtol=1e-9)
+        cache, ids, worths = self.cache, range(LAYERS * EXPERTS), self.worths()
+        expected = self.learned.worths() if isinstance(cache, Learned) else self.used_N
+        np.testing.assert_allclose(worths, expected, rtol=1e-9)
         assert cache.cached == self.cached and len(cache) <= cache.slots
         assert {name: getattr(cache, name) for name in self.counts} == self.counts
-        assert sorted(cache.by_worth(ids)) == [*ids]
-        worth_N = cache._worth_now()[cache.by_worth(ids)]
-        assert (worth_N[:-1] >= worth_N[1:]).all()
+        ranked = [(worths[id], id) for id in cache.by_worth(ids)]
+        assert ranked == sorted(zip(worths, ids, strict=True), reverse=True)
 
 
 @states.SIZES
@@ -107,56 +132,34 @@ def test_orders_of_events(examples, steps, part):
     states.run(Policy, examples, steps)
 
 
-def test_forecast_learns_what_inputs_say():
-    """The next token's experts follow from a token's input alone, and history says nothing: a cache
-    with room for a third of the experts then holds what comes.  Inputs that are no numbers teach
-    nothing."""
-    chance = np.random.default_rng(0)
-    signs = chance.choice([-1.0, 1.0], (EXPERTS, 300)).astype(np.float32)
-    coming, hits = chance.integers(0, EXPERTS, 1001), {}
-    for scale in (None, np.nan, np.inf, 1.0):
-        cache = make_cache("learned", 2, 2, EXPERTS)
-        for token in range(1000):
-            cache.advance()
-            for layer in range(2):
-                key = layer * EXPERTS + int(coming[token])
-                missing = key not in cache
-                x_TD = None if scale is None else signs[coming[token + 1], None] * scale
-                cache.use_chunk(layer, [[int(coming[token])]], x_TD=x_TD)
-                if missing:
-                    offer(cache, key, [key])
-            if token == 500:
-                before = cache.hits
-        hits[scale] = (cache.hits - before) / 998
-    # Half of all hits are the most that one slot a layer allows where what is used next is known
-    # but was not used last; guessing gives a quarter.
-    assert hits[1.0] > hits[None] + 0.1 and hits[None] == hits[np.nan] == hits[np.inf], hits
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_each_layer_is_gone_through_once_and_kernels_decide_as_numpy_does(policy, monkeypatch):
-    """Victims, ranks and counts of passes over one token and over several, by inputs that are often
-    given and at times no numbers."""
-    layers, experts, looked = 5, 40, []
-    caches = [make_cache(policy, 60, layers, experts, kernels) for kernels in (None, native)]
-    decided = [[], []]
-    for cache in caches:
-        find = cache._least
-        monkeypatch.setattr(cache, "_least", lambda find=find: looked.append(1) or find())
-    for token in range(300):
-        for cache, found in zip(caches, decided, strict=True):
-            chance, before = np.random.default_rng(token), len(looked)
-            tokens = 6 if token % 25 == 9 else 1
-            cache.advance(tokens)
-            for layer in range(layers):
-                indices = [[*chance.permutation(experts)[:6].tolist()] for _ in range(tokens)]
-                x_TD = chance.standard_normal((tokens, 300)).astype(np.float32)
-                x_TD[0, 7] = np.nan if token % 40 == 3 else 0.0
-                ids = [layer * experts + expert for expert in indices[-1]]
-                missing = [id for id in ids if id not in cache]
-                cache.use_chunk(layer, indices, x_TD=None if token % 7 == 5 else x_TD)
-                found += [offer(cache, id, ids, must=id % 5 == 0) for id in missing]
-                found.append(cache.by_worth(range(0, layers * experts, 9)))
-            assert tokens > 1 or len(looked) - before <= layers
-            found.append((cache.hits, cache.evictions, cache.bypassed))
-    assert decided[0] == decided[1]
+@needs_native
+def test_decisions_on_recorded_routing(sample_export, tmp_path):
+    """Each that the passes of a run lead to, with inputs that at times are no numbers; and there
+    are more hits than ``lru`` has."""
+    with Runtime.open(sample_export, context=128) as runtime:
+        runtime.trace(tmp_path / "trace")
+        runtime.generate(PROMPT, 60).read()
+    header, steps = read_trace(tmp_path / "trace")
+    size = len(header["layers"]), header["n_routed_experts"]
+    for slots in (25, 60):
+        caches = [make_cache(policy, slots, *size, native) for policy in POLICIES]
+        plain, now = Plain(*size), 0
+        for number, (indices, features) in enumerate(steps):
+            now += len(indices)
+            for cache in caches:
+                cache.advance(len(indices))
+            for layer, x_TD in enumerate(features.astype("f").swapaxes(0, 1)):
+                x_TD[-1, 7] *= {17: np.nan, 23: np.inf}.get(number + layer, 1)
+                ids_TK = indices[:, layer].astype(int) + layer * size[1]
+                plain.visit(layer, indices[:, layer], now, x_TD)
+                worths = plain.worths()
+                for cache in caches:
+                    missing = sorted({*ids_TK.ravel().tolist()} - cache.cached)
+                    cache.use_chunk(layer, indices[:, layer].tolist(), x_TD=x_TD)
+                    for id in missing:
+                        free = cache.cached - {*ids_TK[-1]}
+                        leaves = min(free, key=lambda id: (worths[id], id), default=id)
+                        leaves = id if worths[leaves] >= worths[id] else leaves
+                        leaves = leaves if len(cache) == slots else None
+                        assert offer(cache, id, ids_TK[-1]) == leaves or not cache.learns
+        assert caches[1].hits > caches[0].hits

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.offload.engine import loading
 from slotmoe.offload.runtime import Runtime
 from slotmoe.sizes import parse_size
 from tests.support.engine import IDS, until
@@ -36,7 +37,7 @@ PROMPTS = [
 ]
 
 
-def test_what_is_impossible_is_refused(sample_export, runtime):
+def test_what_is_impossible_is_refused(sample_export, runtime, monkeypatch):
     for options, message in OPTIONS:
         with pytest.raises(ValueError, match=message):
             Runtime.open(sample_export, **{"context": 256, **options})
@@ -44,6 +45,9 @@ def test_what_is_impossible_is_refused(sample_export, runtime):
         with pytest.raises(kind, match=message):
             runtime.generate(ids)
     assert len(list(runtime.generate([5] * 254, 50))) == 2  # stops where the context ends
+    monkeypatch.setattr(loading, "load", lambda: None)
+    with pytest.raises(ConfigError, match="learned needs the native kernels"):
+        Runtime.open(sample_export, cache_policy="learned")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Stru
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.system import cores
 
-ABI = 19
+ABI = 20
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 STAGES = ("attention", "gate", "experts", "shared experts and dense layers")

@@ -1,8 +1,8 @@
-// What is chosen: which tokens may be drawn, and for each layer of a token which experts stay, `Learned` of
-// offload/policy/cache.py, by numpy's operations in their order, so to the same bits. Serial: to wake a thread takes
-// longer.
+// What is chosen: which tokens may be drawn, and for each layer of a token which experts stay: `Learned` of
+// offload/policy/cache.py. Serial: to wake a thread takes longer.
 //
-// Shapes: D hidden_size; F features and, behind them, a constant; M layers; E experts of a layer; N of all layers.
+// Shapes: T tokens; D hidden_size; F features; G the same, a constant, and zeros; M layers; E experts of a layer; N of
+// all layers; K experts a token.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,124 +13,113 @@ using namespace slotmoe;
 
 namespace {
 
-constexpr int64_t kFeatures = 256, kMostLayers = 1024, kLikely = 32768;
-
-struct Forecast {
-    int64_t experts;
-    float *weights, *last, *chances;  // [M, F + 1, E]; [M, F + 1], of the newest token; [M, E], what both give
-};
+constexpr int64_t kFeatures = 256, kInputs = 272, kLikely = 32768, kSteps = 512;
+constexpr float kConstant = 3.0f;             // it learns faster than a feature, whose mean square is 1
+constexpr float kRate = 0.05f / kFeatures;    // 0.03 and 0.05 hit the same within 0.3 points, 0.15 a point less
+constexpr double kShort = 0.9, kLong = 0.99;  // decay a token of the two averages
+// Of the newest token and of both: near a least-squares fit to the sample's routing; one point of hits less without
+// the first.
+constexpr double kNewest = 0.1, kOfShort = 0.3, kOfLong = 0.6;
 
 struct Policy {
-    int64_t layers, experts;
-    double *recent, *lasting, *chance, *wait;  // [N], as in `Learned`
-    int64_t* last;                             // [N]
-    const double *absent, *turns, *shares;     // [N], 0 of what is cached; [2 N]; [3]
-    double *lowest, *longest;                  // [M]: at most, at least, the chance and wait of what is cached
+    int64_t layers, experts, layer;            // the one visited last
+    double *recent, *lasting, *chance, *wait;  // [N]: both averages, as of the layer's last visit; what is estimated
+    int64_t *last, *visited;                   // [N], [M]: the newest token that used it, or was there
+    double *lowest, *longest, *bounds;         // [M]: at most, at least, the chance and wait of what is cached; room
+    float* forecasts;                          // [M, (E + 1) G + E]: see `learn`
+    const bool *cached, *held;                 // [N]
 };
 
-// numpy's pairwise sum of 128 values.
-float sum_of_128(const float* x) {
-    float r[8];
-    memcpy(r, x, sizeof r);
-    for (int i = 8; i < 128; i += 8)
-        for (int j = 0; j < 8; j++) r[j] += x[i + j];
-    return ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+// Inputs x [D] as features of mean square 1, by signs [pieces, F], and a constant; whether they are finite.
+bool fold(const float* x, int64_t d, const float* signs, float* folded) {
+    float square = 0.0f;
+    memset(folded, 0, kInputs * sizeof *folded);
+    for (int64_t from = 0; from < d; from += kFeatures)
+        for (int64_t i = from; i < from + kFeatures && i < d; i++) folded[i - from] += x[i] * signs[i];
+    for (int64_t f = 0; f < kFeatures; f++) square += folded[f] * folded[f];
+    const float norm = std::sqrt(square / float(kFeatures) + 1e-12f);
+    for (int64_t f = 0; f < kFeatures; f++) folded[f] /= norm;
+    folded[kFeatures] = kConstant;
+    return std::all_of(folded, folded + kFeatures, [](float value) { return std::isfinite(value); });
 }
 
-double worth_of(double chance, double wait, double far) {
+// A layer's weights [E, G] learn, by least mean squares, from what each of T tokens used, ids [T, K], and the
+// features of the one before; x [T, D] are its inputs. Behind the weights are the newest token's features and the chances
+// [E] that both give of what comes next, which are returned; null where an input is not finite.
+const float* learn(const Policy& p, int64_t layer, const int64_t* used, int64_t t, int64_t k, const float* x, int64_t d,
+                   const float* signs) {
+    const int64_t e = p.experts;
+    float *weights = p.forecasts + layer * (kInputs * e + kInputs + e), *last = weights + kInputs * e;
+    float *next = last + kInputs, folded[kInputs];
+    for (; t > 0; t--, x += d, used += k) {
+        if (!fold(x, d, signs, folded)) return nullptr;
+        for (int64_t i = 0; i < k; i++) next[used[i] - layer * e] -= 1.0f;
+        best_isa().learn(last, kRate, folded, kInputs, e, weights, next);
+        memcpy(last, folded, sizeof folded);
+    }
+    return next;
+}
+
+// An expert's chance of use when its layer's turn comes, or `next`'s, and how many layers more it waits else; both
+// averages have faded by so much since the layer was visited.
+void estimate(const Policy& p, int64_t id, int64_t now, double faded, double faded_long, const float* next) {
+    const double often = faded_long * p.lasting[id];
+    double chance = kOfShort * (faded * p.recent[id]) + kOfLong * often + kNewest * (p.last[id] == now);
+    if (next) chance = *next < 0.0f ? 0.0f : *next > 1.0f ? 1.0f : *next;
+    p.chance[id] = chance;
+    p.wait[id] = (1.0 - chance) / (often > 1e-9 ? often : 1e-9) * double(p.layers);
+}
+
+double worth_of(const Policy& p, int64_t layer, double chance, double wait) {
+    const double far = double(layer > p.layer ? layer - p.layer : layer - p.layer + p.layers);
     const double now = chance / far, later = 1.0 / (far + wait);
     return now > later ? now : later;
 }
 
-// The `count` cached experts that are worth least behind a layer, the least first, of equals the lower id; -1 behind the
-// last. Those of a layer are worth no less than its bounds, as quotients and sums are rounded in order: few layers are
-// gone through.
-void least(const Policy& p, int64_t layer, int64_t count, int64_t* ids, double* worths) {
-    const double* far = p.turns + (p.layers - 1 - layer) * p.experts;
-    double bounds[kMostLayers];
-    p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;  // newcomers of this layer may have got a slot, and may yet
-    for (int64_t l = 0; l < p.layers; l++) bounds[l] = worth_of(p.lowest[l], p.longest[l], far[l * p.experts]);
-    for (int64_t i = 0; i < count; i++) ids[i] = -1, worths[i] = INFINITY;
-    for (;;) {
-        int64_t next = 0;
-        for (int64_t l = 1; l < p.layers; l++) next = bounds[l] < bounds[next] ? l : next;
-        if (!(bounds[next] < INFINITY) || bounds[next] > worths[count - 1]) return;
-        bounds[next] = INFINITY;
-        double lowest = INFINITY, longest = 0.0;
-        for (int64_t i = next * p.experts; i < (next + 1) * p.experts; i++) {
-            if (p.absent[i] != 0.0) continue;
-            lowest = p.chance[i] < lowest ? p.chance[i] : lowest, longest = p.wait[i] > longest ? p.wait[i] : longest;
-            const double worth = worth_of(p.chance[i], p.wait[i], far[i]);
-            int64_t at = count;
-            for (; at > 0 && (worth < worths[at - 1] || (worth == worths[at - 1] && i < ids[at - 1])); at--)
-                if (at < count) ids[at] = ids[at - 1], worths[at] = worths[at - 1];
-            if (at < count) ids[at] = i, worths[at] = worth;
-        }
-        if (next != layer) p.lowest[next] = lowest, p.longest[next] = longest;
-    }
-}
-
 }  // namespace
 
-// x [d] folded by signs [pieces, F], and a constant, take the place of a layer's `last`; before that its weights learn
-// from its `chances`, and what the token used, k of E. Where x is not finite nothing changes, and `learned` is 0.
-EXPORT int slotmoe_learn(const Forecast* forecast, int64_t layer, const float* x, int64_t d, const float* signs,
-                         const int64_t* used, int64_t k, float rate, float constant, int64_t* learned) {
-    const int64_t e = forecast->experts;
-    float folded[kFeatures] = {}, squares[kFeatures];
-    for (int64_t first = 0; first < d; first += kFeatures) {
-        const int64_t count = d - first < kFeatures ? d - first : kFeatures;
-        for (int64_t f = 0; f < count; f++) folded[f] += x[first + f] * signs[first + f];
+// T tokens, the newest of them `now`, used ids [T, K] of a layer; x [followed, D] are the newest's inputs, or null.
+EXPORT int slotmoe_judge(Policy* policy, int64_t layer, const int64_t* used, int64_t t, int64_t k, int64_t now,
+                         const float* x, int64_t followed, int64_t d, const float* signs) {
+    Policy& p = *policy;
+    const int64_t first = layer * p.experts, end = first + p.experts, passed = now - p.visited[layer];
+    if (std::any_of(used, used + t * k, [&](int64_t id) { return id < first || id >= end; })) return kBadArgument;
+    const float* next = x ? learn(p, layer, used + (t - followed) * k, followed, k, x, d, signs) : nullptr;
+    const double faded = std::pow(kShort, passed), faded_long = std::pow(kLong, passed);
+    for (int64_t i = first; i < end; i++) p.recent[i] *= faded, p.lasting[i] *= faded_long;
+    for (int64_t i = 0; i < t * k; i++) {
+        const int64_t age = t - 1 - i / k;
+        p.recent[used[i]] += (1 - kShort) * std::pow(kShort, age);
+        p.lasting[used[i]] += (1 - kLong) * std::pow(kLong, age);
+        if (age == 0) p.last[used[i]] = now;
     }
-    for (int64_t f = 0; f < kFeatures; f++) squares[f] = folded[f] * folded[f];
-    const float mean = (sum_of_128(squares) + sum_of_128(squares + 128)) / float(kFeatures);
-    const float norm = std::sqrt(mean + 1e-12f);
-    *learned = 1;
-    for (float& value : folded) {
-        value /= norm;
-        if (!std::isfinite(value)) *learned = 0;
-    }
-    for (int64_t i = 0; i < k; i++)
-        if (used[i] < 0 || used[i] >= e) return kBadArgument;
-    if (!*learned) return kOk;
-    float *last = forecast->last + layer * (kFeatures + 1), *error = forecast->chances + layer * e;
-    for (int64_t i = 0; i < e; i++) error[i] = 0.0f - error[i];
-    for (int64_t i = 0; i < k; i++) error[used[i]] = 1.0f + error[used[i]];
-    for (int64_t i = 0; i < e; i++) error[i] *= rate;
-    best_isa().add_outer(last, error, kFeatures + 1, e, forecast->weights + layer * (kFeatures + 1) * e);
-    memcpy(last, folded, sizeof folded);
-    last[kFeatures] = constant;
+    for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, next ? next + (i - first) : nullptr);
+    p.layer = layer, p.visited[layer] = now, p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
     return kOk;
 }
 
-// The averages of the k experts of a layer that a token uses gain; then what follows of the whole layer: see
-// `Learned._estimate`; rates [4] are gains and factors of both averages, `next` [E] is a forecast, or null. Then what
-// `least` gives and, behind that, what those k are worth.
-EXPORT int slotmoe_judge(const Policy* policy, int64_t layer, const int64_t* used, int64_t k, int64_t now,
-                         const double* rates, const float* next, int64_t count, int64_t* ids, double* worths) {
+// To `found` [3]: of what is cached and not held that of least worth, of equals the lowest id, or -1; that worth; and a
+// newcomer's, who is estimated anew unless this pass was at his layer. A layer's are worth no less than its bounds, as
+// quotients and sums are rounded in order: few layers are gone through.
+EXPORT int slotmoe_least(const Policy* policy, int64_t newcomer, int64_t now, double* found) {
     const Policy& p = *policy;
-    const int64_t first = layer * p.experts, end = first + p.experts;
-    if (p.layers > kMostLayers) return kBadArgument;
-    for (int64_t i = 0; i < k; i++) {
-        if (used[i] < 0 || used[i] >= p.experts) return kBadArgument;
-        p.recent[first + used[i]] += rates[0], p.lasting[first + used[i]] += rates[1];
-        p.last[first + used[i]] = now;
-    }
-    for (int64_t i = first; i < end; i++) {
-        const double often = rates[3] * p.lasting[i];
-        double chance = p.shares[1] * (rates[2] * p.recent[i]) + p.shares[2] * often + p.shares[0] * (p.last[i] == now);
-        if (next) {
-            const float given = next[i - first];
-            chance = given < 0.0f ? 0.0f : given > 1.0f ? 1.0f : given;
+    const int64_t passed = now - p.visited[newcomer / p.experts];
+    if (passed) estimate(p, newcomer, now, std::pow(kShort, passed), std::pow(kLong, passed), nullptr);
+    found[2] = worth_of(p, newcomer / p.experts, p.chance[newcomer], p.wait[newcomer]);
+    for (int64_t l = 0; l < p.layers; l++) p.bounds[l] = worth_of(p, l, p.lowest[l], p.longest[l]);
+    for (found[0] = -1, found[1] = INFINITY;;) {
+        const int64_t l = std::min_element(p.bounds, p.bounds + p.layers) - p.bounds;
+        if (p.bounds[l] == INFINITY || p.bounds[l] > found[1]) return kOk;
+        double lowest = p.bounds[l] = INFINITY, longest = 0.0;
+        for (int64_t i = l * p.experts; i < (l + 1) * p.experts; i++) {
+            if (!p.cached[i]) continue;
+            const double chance = p.chance[i], wait = p.wait[i], worth = worth_of(p, l, chance, wait);
+            lowest = chance < lowest ? chance : lowest, longest = wait > longest ? wait : longest;
+            if (!p.held[i] && (worth < found[1] || (worth == found[1] && i < found[0])))
+                found[0] = double(i), found[1] = worth;
         }
-        p.chance[i] = chance;
-        p.wait[i] = (1.0 - chance) / (often > 1e-9 ? often : 1e-9) * double(p.layers);
+        p.lowest[l] = lowest, p.longest[l] = longest;
     }
-    p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
-    for (int64_t i = 0; i < k; i++)
-        worths[count + i] = worth_of(p.chance[first + used[i]], p.wait[first + used[i]], double(p.layers));
-    if (count) least(p, layer, count, ids, worths);
-    return kOk;
 }
 
 // The id that `sample` of model/generate.py gives by a `number` from 0 to 1, for limits by top-k or top-p; -1 where sums
@@ -141,37 +130,47 @@ EXPORT int slotmoe_choose(const float* x, int64_t v, double temperature, double 
     *chosen = -1;
     if (!(counts || top_p < 1) || !(temperature > 0)) return kOk;
     return guarded([&](Job& job, const Isa& isa) {
-        int64_t* ids = job.scratch<int64_t>(kOrder, kLikely);
-        double *w = job.scratch<double>(kScores, kLikely), mass = 0.0;
-        int64_t n = 0, kept = 0;
-        float lanes[16], top = -INFINITY;
-        for (float& lane : lanes) lane = x[0];
-        for (int64_t i = 0; i + 16 <= v; i += 16)
-            for (int j = 0; j < 16; j++) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-        for (int64_t i = v / 16 * 16; i < v; i++) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-        for (const float lane : lanes) top = lane > top ? lane : top;
-        for (double reach = 8; kept == 0 && reach < 16; reach += 3) {  // e^-reach is the least of what is likely
-            double others = isa.survey(x, v, top, float(1 / temperature), top - float(reach * temperature), kLikely,
-                                       ids, &n);
+        int64_t *ids = job.scratch<int64_t>(kOrder, kLikely), *places = job.scratch<int64_t>(kLists, kLikely), n = 0;
+        double *w = job.scratch<double>(kScores, kLikely), masses[kSteps], others, sum = 0.0, start = 0.0, goal = 1.0;
+        float top;
+        const auto likelier = [&](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
+        const auto step = [&](int64_t id) { return int64_t(double(top - x[id]) / temperature * (kSteps / 16)); };
+        for (double reach = 9; sum <= goal; reach += 3) {  // e^-reach is the least of what is likely
+            if (reach > 15) return;
+            others = isa.survey(x, v, float(1 / temperature), float(reach * temperature), kLikely, ids, &n, &top);
             if (n < 1 || n > kLikely || std::isnan(others)) return;
             if (counts && n < top_k) continue;
-            std::sort(ids, ids + n, [&](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); });
-            if (counts) n = top_k, others = 0.0;
-            double sum = 0.0;
-            for (int64_t i = 0; i < n; i++) sum += w[i] = std::exp(double(x[ids[i]] - top) / temperature);
-            const double goal = top_p < 1 ? top_p * (sum + others) : INFINITY, doubt = 1e-5 * others + 1e-9 * sum;
-            if (top_p < 1 && !(sum > goal + doubt)) continue;
-            for (mass = 0.0; kept < n && mass < goal; kept++) mass += w[kept];
-            if (top_p < 1 && (mass - goal < doubt || (kept > 1 && goal - (mass - w[kept - 1]) < doubt))) kept = 0;
+            if (counts) std::partial_sort(ids, ids + top_k, ids + n, likelier), n = top_k, others = 0.0;
+            std::fill(masses, masses + kSteps, sum = 0.0);
+            for (int64_t i = 0; i < n; i++) {
+                sum += w[i] = std::exp(double(x[ids[i]] - top) / temperature);
+                masses[step(ids[i])] += w[i];
+            }
+            goal = top_p < 1 ? top_p * (sum + others) : 0.0;
         }
-        for (; kept > 1 && w[kept - 1] < min_p + 1e-12; kept--) {
-            if (w[kept - 1] > min_p - 1e-12) return;
-            mass -= w[kept - 1];
+        const auto passes = [&](double mark) {  // where the sum of the likeliest does; `start` is without that one
+            int64_t s = 0, count = 0;
+            for (start = 0.0; s < kSteps - 1 && start + masses[s] <= mark; s++) start += masses[s];
+            for (int64_t i = 0; i < n; i++)
+                if (step(ids[i]) == s) places[count++] = i;
+            std::sort(places, places + count, [&](int64_t a, int64_t b) { return likelier(ids[a], ids[b]); });
+            for (int64_t i = 0; i < count; start += w[places[i++]])
+                if (start + w[places[i]] > mark) return places[i];
+            return int64_t(-1);
+        };
+        double mass = sum, doubt = 1e-5 * others + 1e-9 * sum, likely = 0.0;
+        if (top_p < 1) {
+            const int64_t last = passes(goal);
+            mass = last < 0 ? 0.0 : start + w[last];
+            if (mass - goal < doubt || (start > 0 && goal - start < doubt)) return;
         }
-        const double mark = number * mass, doubt = 1e-9 * mass;
-        double before = 0.0;
-        int64_t i = 0;
-        for (; i < kept && before + w[i] <= mark; i++) before += w[i];
-        if (i < kept && (i == 0 || mark - before > doubt) && before + w[i] - mark > doubt) *chosen = ids[i];
+        for (int64_t i = 0; i < n; i++) {
+            if (std::fabs(w[i] - min_p) < 1e-12) return;
+            likely += w[i] > min_p ? w[i] : 0.0;
+        }
+        mass = std::min(mass, likely), doubt = 1e-9 * mass;
+        const int64_t drawn = passes(number * mass);
+        const double over = number * mass - start;
+        if (drawn >= 0 && (start == 0 || over > doubt) && w[drawn] - over > doubt) *chosen = ids[drawn];
     });
 }

@@ -189,9 +189,9 @@ struct Isa {
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
                          float* y);
 
-    void (*add_outer)(const float* x, const float* y, int64_t n, int64_t m, float* to);
-    double (*survey)(const float* x, int64_t n, float top, float inverse, float cut, int64_t most, int64_t* ids,
-                     int64_t* found);
+    void (*learn)(const float* x, float rate, const float* next, int64_t n, int64_t m, float* w, float* y);
+    double (*survey)(const float* x, int64_t n, float inverse, float reach, int64_t most, int64_t* ids, int64_t* found,
+                     float* top);
 
     // Of one token, see streams.h.
     void (*hyper_coefficients)(const Hyper& hyper, const float* mixes, float square, int64_t columns, float* pre,

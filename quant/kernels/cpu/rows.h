@@ -209,35 +209,5 @@ uint64_t read_memory(const void* memory, int64_t bytes) {
     return total;
 }
 
-// To [n, m] comes x [n] times y [m]: each product is rounded before it is added.
-void add_outer(const float* x, const float* y, int64_t n, int64_t m, float* to) {
-    for (int64_t i = 0; i < n; i++, to += m) {
-        int64_t j = 0;
-        for (; j + 16 <= m; j += 16)
-            Lanes::store(to + j, Lanes::add(Lanes::load(to + j), Lanes::mul(Lanes::broadcast(x[i]), Lanes::load(y + j))));
-        for (; j < m; j++) to[j] += x[i] * y[j];
-    }
-}
-
-// The sum of exp((x - top) * inverse) of those of x [n] that are at most `cut`, within 1e-5 of it; the places of the
-// others, the first `most` of them, to `ids`, and how many there are.
-double survey(const float* x, int64_t n, float top, float inverse, float cut, int64_t most, int64_t* ids,
-              int64_t* found) {
-    double sum = 0.0;
-    *found = 0;
-    for (int64_t first = 0; first < n; first += 512) {
-        alignas(64) float row[16], lanes[16] = {};  // few terms a lane, which is a float
-        for (int64_t i = first; i < first + 512 && i < n; i += 16) {
-            const float* p = x + i;
-            for (int j = 0; i + 16 > n && j < 16; j++) row[j] = i + j < n ? x[i + j] : -__builtin_inff(), p = row;
-            for (int j = 0; j < 16; j++) lanes[j] += p[j] > cut ? 0.0f : exp_float((p[j] - top) * inverse);
-            for (uint32_t bits = Lanes::greater(Lanes::load(p), Lanes::broadcast(cut)); bits; bits &= bits - 1, ++*found)
-                if (*found < most) ids[*found] = i + __builtin_ctz(bits);
-        }
-        for (const float lane : lanes) sum += lane;
-    }
-    return sum;
-}
-
 }  // namespace
 }  // namespace slotmoe

@@ -92,10 +92,8 @@ SIGNATURES = {
     " post:pointer comb:pointer y:pointer norms:pointer weights:pointer indices:pointer"
     " reached:pointer seconds:pointer",
     # of offload/policy/cache.py, which gives addresses of its own arrays
-    "learn": "forecast:pointer layer:size x:pointer D signs:pointer used:pointer K rate:float"
-    " constant:float learned:pointer",
-    "judge": "policy:pointer layer:size used:pointer K now:size rates:pointer next:pointer"
-    " count:size ids:pointer worths:pointer",
+    "judge": "policy:pointer layer:size used:pointer T K now:size x:pointer F D signs:pointer",
+    "least": "policy:pointer id:size now:size found:pointer",
     # an id that is drawn, -1 where that is not certain
     "choose": "x:f32[V] V temperature:double top_p:double top_k:size min_p:double number:double"
     " >chosen:i64[1]",

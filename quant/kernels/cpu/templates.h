@@ -27,11 +27,13 @@
 
 #include "encode.h"
 
+#include "choices.h"
+
 namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
     SLOTMOE_ISA_NAME, SLOTMOE_PRODUCTS,               linear_dense,  rms_norm,     layer_norm,
-    activate,         weighted_sum,  add_outer,    survey,       hyper_coefficients, hyper_out,   compress,
+    activate,         weighted_sum,  learn,        survey,       hyper_coefficients, hyper_out,   compress,
     convolve,         delta_block,   decays,
     gated,            mla_queries,   mla_pack,
     mla_chunks,       mla_merge,     mla_scratch, index_scores,       store_latent,
