@@ -18,7 +18,7 @@ from tests.support.native import network_of
 from tests.support.slab import SlabExperts
 from tests.support.tiny import random_weights
 
-ARENA = 1 << 21
+ARENA = 1 << 23
 Span = vk.structure("address: address int: bytes")
 Operation = vk.structure("address: reads writes int: barrier shader")
 DENSE = {torch.float32: 6, torch.float16: 7, torch.bfloat16: 8}
@@ -47,35 +47,38 @@ class OnDevice:
 
     def __init__(self, device, raw, resident="int8", codecs=EXPERT_CODECS["nf4", "4"], far=(1, 3)):
         self.device, self.backend, self.kept = device, TorchBackend(), []
-        self.next, self.room = 0, 0
         self.network = network_of(raw, resident, self.backend)
         self.config, self.geometry = self.network.config, self.network._geometry
         made = self.config, random_weights(raw), torch.device("cpu")
         experts = SlabExperts(self.backend, *made, codecs=codecs)
         self.network.experts, self.records = experts, experts._records
+        self.arena, self.used = torch.empty(ARENA, dtype=torch.uint8), 0
+        self.start = device.allocate(vk.DEVICE, ARENA).address
         self.addresses_ME = self._place_records(experts._slots_ME, far)
         self.model = self._model()
+        device.write(self.start, self.arena.data_ptr(), 1, self.used)
+        self.arena = None
         self.decoder = device.decoder(self.model)
         self.views = self.decoder.views
         self.views.table[:] = self.addresses_ME
         self.frequencies_C = inverse_frequencies(self.config.rope, self.config.qk_rope_head_dim)
 
     def put(self, tensor):
-        """Its address, in one of few allocations."""
-        data = tensor.contiguous()
-        size = -(-data.nbytes // 256) * 256
-        if self.room < size:
-            self.room = max(size, ARENA)
-            self.next = self.device.allocate(vk.DEVICE, self.room).address
-        address, self.next, self.room = self.next, self.next + size, self.room - size
-        self.device.write(address, data.data_ptr(), 1, data.nbytes)
+        """Its address; it comes there with the others in `_model`, or when it is put alone."""
+        data = tensor.contiguous().reshape(-1).view(torch.uint8)
+        if self.arena is None:
+            address = self.device.allocate(vk.DEVICE, data.nbytes).address
+            self.device.write(address, data.data_ptr(), 1, data.nbytes)
+            return address
+        address, self.used = self.start + self.used, self.used + -(-data.nbytes // 256) * 256
+        self.arena[address - self.start :][: data.nbytes] = data
         return address
 
     def _place_records(self, slots_ME, far):
         slab = self.records.slab
-        near = self.put(slab)
         mapped = self.device.allocate(vk.MAPPED, slab.nbytes)
         ctypes.memmove(mapped.mapped, slab.data_ptr(), slab.nbytes)
+        near = self.put(slab)
         starts_E = [mapped.address if e in far else near for e in range(slots_ME.shape[1])]
         offsets_ME = slots_ME.numpy().astype(np.uint64) * np.uint64(slab.shape[1])
         return offsets_ME + np.array(starts_E, np.uint64)

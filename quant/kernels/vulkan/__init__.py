@@ -10,11 +10,12 @@ import ctypes
 import math
 from ctypes import byref, c_char, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache, partialmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slotmoe.errors import DeviceError
 from slotmoe.quant.kernels.cpu import bindings
 
 NO_DEVICE, REFUSED, LOST, TIMED_OUT, NO_IMPORT = 2, 5, 6, 7, 8  # codes of `VulkanError`
@@ -25,7 +26,7 @@ _TYPES: dict[str, Any] = {"int": c_int64, "address": c_uint64, "pointer": c_void
 _TYPES |= {"double": c_double, "text": c_char * 256, "places": c_int64 * 5}
 
 
-class VulkanError(Exception):
+class VulkanError(DeviceError):
     """What a device or its driver refuses, by a ``code``."""
 
     def __init__(self, code: int, text: str):
@@ -99,12 +100,13 @@ def devices(loader: int | None = None) -> list[Any]:
     return [*infos[: count.value]]
 
 
-class Memory:
+class Memory(NamedTuple):
     """Memory of a device: its ``address`` there and that of its first byte here, ``mapped``, unless
     it is the device's alone."""
 
-    def __init__(self, handle: c_void_p, address: int, mapped: int | None):
-        self.handle, self.address, self.mapped = handle, address, mapped
+    handle: c_void_p
+    address: int
+    mapped: int | None
 
 
 class Vulkan:
@@ -189,10 +191,11 @@ class Views:
 
 
 class Decoder:
-    """A model's decode on a device; decoder.h says what a ``Step`` is and what stops it."""
+    """A model's decode on a device, until that is closed; decoder.h says what a ``Step`` is and
+    what stops it."""
 
     def __init__(self, vulkan: Vulkan, device: c_void_p, model: Any):
-        self._vulkan, self._device, self.handle, self.told = vulkan, device, c_void_p(), _Views()
+        self._vulkan, self.handle, self.told = vulkan, c_void_p(), _Views()
         call("decoder", device, byref(model), byref(self.handle), byref(self.told))
         self.views = Views(self.told, model)
 
@@ -205,7 +208,3 @@ class Decoder:
     def run(self, step: Any) -> None:
         """Do a step."""
         self._vulkan.wait(self.submit(step))
-
-    def drop(self) -> None:
-        """Free its memory; its views end."""
-        call("drop", self._device, self.handle)

@@ -106,14 +106,6 @@ EXPORT int slotmoe_vulkan_decoder(Opened* opened, const Model* model, Decoder** 
     });
 }
 
-EXPORT int slotmoe_vulkan_drop(Opened* opened, Decoder* decoder) {
-    return guarded_by_text([&] {
-        std::lock_guard lock(opened->mutex);
-        auto& all = opened->decoders;
-        all.erase(std::remove_if(all.begin(), all.end(), [&](const auto& one) { return one.get() == decoder; }), all.end());
-    });
-}
-
 EXPORT int slotmoe_vulkan_submit(Decoder* decoder, const Step* step, uint64_t* value) {
     return guarded_by_text([&] { *value = decoder->submit(*step); });
 }

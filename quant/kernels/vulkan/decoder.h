@@ -41,27 +41,33 @@ struct Span {
     int64_t bytes;
 };
 
+// Mapped memory, to be read behind a step, but for the table, which is written between steps, and `normed`.
 struct Views {
-    uint64_t* table;             // [MoE layers, experts]
-    const int32_t* stopped;      // [1]
+    uint64_t* table;             // [MoE layers, experts]: addresses of records, 0 for one that is not there
+    const int32_t* stopped;      // [1]: the MoE layer whose choice lacked an expert, -1 for none
     const int32_t* indices;      // [MoE layers, kRows, top_k]
     const float* weights;        // the same
-    const int32_t* chosen;       // [kRows]
+    const int32_t* chosen;       // [kRows]: of the greatest logit
     const float *logits, *hidden;  // [kRows, vocabulary], [kRows, hidden]
-    uint64_t normed;             // [MoE layers, kRows, hidden]
+    uint64_t normed;             // [MoE layers, kRows, hidden]: what goes into experts, on the device
     int64_t begin, hidden_end, chosen_end, logits_end, bytes;
-    const int64_t* gates;        // [MoE layers]
+    const int64_t* gates;        // [MoE layers]: operations up to a layer's choice
     const Span* spans;           // of the sets
     int64_t sets;
 };
 
+// Operations [first, last) for so many rows: from `begin` or a gate to a gate or to what ends in `end`.  A row is a token,
+// or for -1 what is in `hidden` [rows, hidden]; its position, the address of its sequence's latents, float16 [layers, ...,
+// r + p], whose layers are so many bytes apart, and its rotations, [rows, p / 2, 2].  Rows may be of one sequence, in
+// order.  A layer whose choice lacks an expert stops the rest; when it is there, a step from that layer's gate goes on.
+// From `hidden_end` on, the head takes rows that are given in `hidden` alone.
 struct Step {
     int64_t rows, first, last;
     const int64_t *tokens, *positions;
     const uint64_t* caches;
     const int64_t* layer_bytes;
-    const float *rope, *query_scale, *hidden;
-    uint64_t after;
+    const float *rope, *query_scale, *hidden;  // scales [rows] are 1 for null
+    uint64_t after;                            // a copy that must be over before, or 0
 };
 
 // What operations read and write, a bit each: memory that nothing else changes meanwhile is not in it.

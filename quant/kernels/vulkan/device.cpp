@@ -384,12 +384,17 @@ Memory* Device::allocate(Place kind, int64_t bytes, void* host) {
     }
 }
 
+bool Device::settled() {
+    if (lost_ && !hung_) vk().DeviceWaitIdle(device_);
+    return !hung_;
+}
+
 void Device::free(Memory* memory) {
     std::lock_guard lock(mutex_);
     const auto item = memory_.find(memory->address);
     if (item == memory_.end() || item->second.get() != memory) fail(kBadArgument, "this memory is not the device's");
     if (memory->kind == kDevice) ours_ -= memory->bytes;
-    if (!hung_) {
+    if (settled()) {
         vk().DestroyBuffer(device_, memory->buffer, nullptr);
         vk().FreeMemory(device_, memory->memory, nullptr);
     }
@@ -448,7 +453,7 @@ VkCommandBuffer Device::begin() {
 
 void Device::forget(VkCommandBuffer buffer) {
     std::lock_guard lock(mutex_);
-    if (!hung_) vk().FreeCommandBuffers(device_, queues_[kWork].pool, 1, &buffer);
+    if (settled()) vk().FreeCommandBuffers(device_, queues_[kWork].pool, 1, &buffer);
 }
 
 uint64_t Device::enqueue(Lane lane, VkCommandBuffer buffer, uint64_t after) {

@@ -133,6 +133,8 @@ private:
     void make(VkPhysicalDevice physical, const std::vector<std::string>& extensions);
     void release();
     void check_alive() const;
+    // Whether what the device may have used can go: nobody has waited for one that was lost meanwhile.
+    bool settled();
     uint64_t enqueue(Lane lane, VkCommandBuffer buffer, uint64_t after);
     uint64_t reached(Lane lane);
     uint32_t memory_type(uint32_t allowed, VkMemoryPropertyFlags must, VkMemoryPropertyFlags better,
