@@ -34,8 +34,11 @@ MODELS = {
         d, {**CONFIG, "hidden_size": 200, "kv_lora_rank": 320}, "mixed", EXPERT_CODECS["lut", "3"]
     ),
     "v3 int4": lambda d: OnDevice(d, config_of(V3), "int8", KEPT_CODECS["int4"]),
-    "moonlight": lambda d: OnDevice(
-        d, config_of(V3, n_group=1, topk_group=1, q_lora_rank=None), "bf16", LUT4
+    "moonlight int5, 2": lambda d: OnDevice(
+        d,
+        config_of(V3, n_group=1, topk_group=1, q_lora_rank=None),
+        "int5",
+        EXPERT_CODECS["lut", "2"],
     ),
     "glm in halves, mxfp4": lambda d: OnDevice(
         d,
@@ -43,7 +46,9 @@ MODELS = {
         "int8",
         KEPT_CODECS["mxfp4"],
     ),
-    "mistral": lambda d: OnDevice(d, config_of(MISTRAL, **SOFTMAX)),
+    "mistral int6, 2.5": lambda d: OnDevice(
+        d, config_of(MISTRAL, **SOFTMAX), "int6", EXPERT_CODECS["lut", "2.5"]
+    ),
 }
 
 
@@ -363,7 +368,7 @@ SHAPES = {
     "odd columns": (lambda m: setattr(m, "hidden", 66), "multiples of 4"),
     "another shape": (lambda m: setattr(m.layer[0].out, "n", 60), "another shape"),
     "a coded embedding": (lambda m: setattr(m.embedding, "kind", 1), "a kind"),
-    "no such kind": (lambda m: setattr(m.head, "kind", 9), "a kind"),
+    "no such kind": (lambda m: setattr(m.head, "kind", 12), "a kind"),
     "a stranger's address": (lambda m: setattr(m.head, "data", 1 << 40), "outside"),
     "a crooked address": (lambda m: setattr(m, "norm", m.norm + 4), "multiple of 16"),
     "a router's groups": (lambda m: setattr(m, "groups", 3), "router"),

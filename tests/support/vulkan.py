@@ -21,7 +21,7 @@ from tests.support.tiny import random_weights
 ARENA = 1 << 23
 Span = vk.structure("address: address int: bytes")
 Operation = vk.structure("address: reads writes int: barrier shader")
-DENSE = {torch.float32: 6, torch.float16: 7, torch.bfloat16: 8}
+DENSE = {torch.float32: 9, torch.float16: 10, torch.bfloat16: 11}
 SETS = (
     "io taken hidden low query latent queries caches sums values between logits normed activated"
     " choice experts shared scores told"

@@ -38,10 +38,11 @@ struct Features {
 
     std::pair<VkBool32*, const char*> wanted(size_t at) {
         const std::pair<VkBool32*, const char*> list[] = {{&v13.synchronization2, "synchronization2"},
+                                                          {&v13.maintenance4, "maintenance4"},
                                                           {&v12.bufferDeviceAddress, "bufferDeviceAddress"},
                                                           {&v12.timelineSemaphore, "timelineSemaphore"},
                                                           {&all.features.shaderInt64, "shaderInt64"}};
-        return at < 4 ? list[at] : std::make_pair(nullptr, nullptr);
+        return at < 5 ? list[at] : std::make_pair(nullptr, nullptr);
     }
 };
 

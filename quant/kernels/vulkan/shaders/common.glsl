@@ -21,7 +21,8 @@ layout(buffer_reference, std430, buffer_reference_align = 16) buffer Io {
   vec2 rope[];
 };
 
-const uint INT8 = 0u, NF4 = 1u, LUT4 = 2u, LUT3 = 3u, INT4 = 4u, MXFP4 = 5u, F32 = 6u, F16 = 7u, BF16 = 8u;
+const uint INT8 = 0u, NF4 = 1u, LUT4 = 2u, LUT3 = 3u, INT4 = 4u, MXFP4 = 5u, LUT2 = 6u, INT5 = 7u, INT6 = 8u;
+const uint F32 = 9u, F16 = 10u, BF16 = 11u;  // `Kind` of quant/kernels/cpu/isa.h
 
 uint size_of(uint kind) { return kind == INT8 ? 1u : kind == F32 ? 4u : 2u; }
 

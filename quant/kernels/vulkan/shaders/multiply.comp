@@ -47,24 +47,42 @@ float plain(uint kind, uint64_t base, uint k, uint64_t x, uint64_t gain, uint la
 // Of a tile's row i % 16, columns that are i / 16's: codec.py has the layout.
 float coded(uint kind, uint64_t codes, uint64_t scales, uint tile, uint k, uint64_t x, uint64_t gain, uint i,
             inout float square) {
-  uint lane = i % 16u, blocks = (k + 63u) / 64u, half_ = 0u;
+  const uint BITS[] = {8u, 4u, 4u, 3u, 4u, 4u, 2u, 5u, 6u};
+  uint lane = i % 16u, blocks = (k + 63u) / 64u, bits = BITS[kind];
+  bool bytes = kind == LUT4 || kind == LUT3 || kind >= INT5, rows_factor = bytes || kind == LUT2;
+  codes += uint64_t(tile) * blocks * 128u * bits;
+  scales += uint64_t(tile) * (bytes ? (blocks + 2u) * 32u : kind == LUT2 ? (blocks + 4u) * 16u : blocks * (kind == INT4 ? 64u : 32u));
   float sum = 0.0;
-  bool three = kind == LUT3, bytes = kind == LUT4 || kind == LUT3;
-  codes += uint64_t(tile) * blocks * (three ? 384u : 512u);
-  scales += uint64_t(tile) * (bytes ? (blocks + 2u) * 32u : blocks * (kind == INT4 ? 64u : 32u));
-  uint low = three ? 3u : 0u, high = three ? 0u : 4u, mask = three ? 7u : 15u;
   for (uint at = i / 16u; at * 8u < k; at += 8u) {
-    uint w;
-    if (three) {
-      uint first = at / 4u * 48u + lane, a = at % 4u;
+    uint block = at / 8u, part = at % 8u, half_ = part / 4u, words = block * 32u * bits + lane;
+    // Of a byte the codes of column j and j + 4, and in what stands apart their lowest bits.
+    uint w, first = 4u, second = 0u, apart = 0u, lowest = 0u, first_low = 0u, second_low = 0u;
+    if (bits == 3u) {
+      uint group = words + half_ * 48u, a = part % 4u;
+      first = 0u;
+      second = 3u;
       if (a < 3u) {
-        w = Words(codes).w[first + a * 16u];
+        w = Words(codes).w[group + a * 16u];
       } else {
-        uint b = Words(codes).w[first + 16u], c = Words(codes).w[first + 32u];
-        w = Words(codes).w[first] >> 6 & 0x03030303u | b >> 4 & 0x0c0c0c0cu | c >> 2 & 0x30303030u;
+        uint b = Words(codes).w[group + 16u], c = Words(codes).w[group + 32u];
+        w = Words(codes).w[group] >> 6 & 0x03030303u | b >> 4 & 0x0c0c0c0cu | c >> 2 & 0x30303030u;
       }
+    } else if (bits == 2u) {
+      w = Words(codes).w[words + part / 2u * 16u];
+      first = part % 2u * 4u;
+      second = first + 2u;
     } else {
-      w = Words(codes).w[at * 16u + lane];
+      w = Words(codes).w[words + part * 16u];
+      apart = bits - 4u;
+      if (bits == 5u) {
+        lowest = Words(codes).w[words + 128u + half_ * 16u];
+        first_low = part % 4u * 2u;
+        second_low = first_low + 1u;
+      } else if (bits == 6u) {
+        lowest = Words(codes).w[words + 128u + part / 2u * 16u];
+        first_low = part % 2u * 4u;
+        second_low = first_low + 2u;
+      }
     }
     vec4 v = Vectors(x).v[2u * at], u = vec4(0.0);
     if (at * 8u + 4u < k) u = Vectors(x).v[2u * at + 1u];
@@ -73,24 +91,36 @@ float coded(uint kind, uint64_t codes, uint64_t scales, uint tile, uint k, uint6
       v *= Vectors(gain).v[2u * at];
       if (at * 8u + 4u < k) u *= Vectors(gain).v[2u * at + 1u];
     }
-    float part = 0.0;
+    float product = 0.0;
+    uint mask = (1u << min(bits, 4u)) - 1u, low_mask = (1u << apart) - 1u;
     for (uint j = 0u; j < 4u; j++) {
-      part = fma(table[w >> 8u * j + high & mask], v[j], part);
-      part = fma(table[w >> 8u * j + low & mask], u[j], part);
+      uint a = w >> 8u * j + first & mask, b = w >> 8u * j + second & mask;
+      if (apart > 0u) {
+        a = a << apart | lowest >> 8u * j + first_low & low_mask;
+        b = b << apart | lowest >> 8u * j + second_low & low_mask;
+        product = fma(float(int(a) - int(8u << apart)), v[j], product);
+        product = fma(float(int(b) - int(8u << apart)), u[j], product);
+      } else {
+        product = fma(table[a], v[j], product);
+        product = fma(table[b], u[j], product);
+      }
     }
-    uint block = at / 8u, of_half = block * 32u + at / 4u % 2u * 16u + lane;
+    uint number = kind == NF4 || kind == LUT2 ? block * 16u + lane : block * 32u + half_ * 16u + lane;
     float scale;
     if (kind == NF4 || kind == INT4) {
-      uint s = kind == NF4 ? block * 16u + lane : of_half;
-      vec2 both = unpackHalf2x16(Words(scales).w[s / 2u]);
-      scale = s % 2u == 1u ? both.y : both.x;
+      vec2 both = unpackHalf2x16(Words(scales).w[number / 2u]);
+      scale = number % 2u == 1u ? both.y : both.x;
     } else {
-      uint s = of_half + (bytes ? 64u : 0u), word = Words(scales).w[s / 4u] >> 8u * (s % 4u) & 255u;
-      scale = bytes ? float(int(word << 24) >> 24) : uintBitsToFloat(word == 0u ? 0x00400000u : word << 23);
+      uint s = number + (rows_factor ? 64u : 0u), word = Words(scales).w[s / 4u] >> 8u * (s % 4u) & 255u;
+      if (kind == LUT2) {
+        scale = float(bitfieldExtract(int(word), int(half_ * 4u), 4));
+      } else {
+        scale = bytes ? float(bitfieldExtract(int(word), 0, 8)) : uintBitsToFloat(word == 0u ? 0x00400000u : word << 23);
+      }
     }
-    sum = fma(part, scale, sum);
+    sum = fma(product, scale, sum);
   }
-  return bytes ? sum * Floats(scales).f[lane] : sum;
+  return rows_factor ? sum * Floats(scales).f[lane] : sum;
 }
 
 uint workgroups(uint number) {
@@ -106,7 +136,7 @@ void main() {
   uint kind = p.parts[number].kind, n = p.parts[number].n, k = p.parts[number].k, uses = p.parts[number].uses;
   uint pair = p.parts[number].pair, tiles = (n + 15u) / 16u, tile = at % tiles, row = tile * 16u + i;
   uint64_t gain = p.parts[number].gain, weights = p.parts[number].weights;
-  bool is_coded = kind >= NF4 && kind <= MXFP4;
+  bool is_coded = kind >= NF4 && kind <= INT6;
   if (is_coded) {
     if (i < 16u) table[i] = Floats(p.parts[number].levels).f[i];
     barrier();
