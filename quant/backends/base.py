@@ -8,7 +8,7 @@ kv_lora_rank, E routed experts.
 """
 
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple, Protocol
 
@@ -26,9 +26,9 @@ from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
 from slotmoe.quant.shapes import SWIGLU, Activation
+from slotmoe.state import Empty
 from slotmoe.system import Placement
 
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
 
 

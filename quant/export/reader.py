@@ -3,7 +3,7 @@
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from slotmoe.quant.export import layout
 from slotmoe.quant.export import manifest as manifests
 from slotmoe.quant.export.manifest import regular_file
 from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.state import Empty
 
 
 class Folder:
@@ -92,9 +93,6 @@ class Folder:
     def close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
-
-
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ import ctypes
 import hashlib
 import importlib.machinery
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from operator import sub
 from pathlib import Path
@@ -34,11 +34,11 @@ from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import SIGNATURES, Bound, NativeFunction, tensor_spec
 from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
+from slotmoe.state import Empty
 from slotmoe.system import cores
 
 ABI = 20
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 """Whose seconds `decode` gives."""
 
