@@ -15,22 +15,6 @@ import torch
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import (
-    Chunk,
-    Compressed,
-    Delta,
-    DeltaGeometry,
-    DeltaRows,
-    Geometry,
-    Grouped,
-    GroupedRows,
-    HyperGeometry,
-    ListedRows,
-    Mixed,
-    Mixing,
-    Mla,
-    Router,
-)
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
@@ -79,11 +63,11 @@ class NativeDecoder:
         self._count = len(layers.routers_from) - 1
         self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
         self._inputs, self._states = Store(*layers.inputs), Store(*layers.states)
-        kinds = {Mla: self._latent, Compressed: self._compressed, Grouped: self._grouped}
-        kinds |= {Delta: self._delta}
+        kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
+        kinds |= {border.Grouped: self._grouped, border.Delta: self._delta}
         self._tokens = kinds[layers.attention]
 
-    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> border.Pending | None:
+    def run_layers(self, chunk: border.Chunk, experts: RoutedExperts) -> border.Pending | None:
         """See ``slotmoe.quant.backends.base.Runner``.  ``AssertionError`` for a tensor of another
         shape, kind or place than the layers', ``ValueError`` for a slab or window too small."""
         table = experts.slot_table()
@@ -134,7 +118,7 @@ class NativeDecoder:
 
     def _latent(
         self,
-        chunk: Chunk,
+        chunk: border.Chunk,
         states: Sequence[SequenceState],
         positions: Sequence[int],
         delta: tuple[object, ...] = NO_DELTA,
@@ -155,13 +139,13 @@ class NativeDecoder:
         return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists, *last)
 
     def _compressed(
-        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's rows of the window, and compressed ones."""
         caches, layers = cast(Sequence[CompressedCache], states), self._layers
         T, C, Q, c64 = len(positions), layers.sizes["C"], layers.streams, torch.complex64
         if chunk.mixed is None:
-            chunk.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
+            chunk.mixed = border.Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
         assert chunk.compressed_C is not None
         groups, kept = list[object](), list[Tensor]()
         for shape in layers.groups:
@@ -184,7 +168,7 @@ class NativeDecoder:
 
     def _grouped(
         self,
-        chunk: Chunk,
+        chunk: border.Chunk,
         states: Sequence[SequenceState],
         positions: Sequence[int],
         delta: tuple[object, ...] = NO_DELTA,
@@ -201,7 +185,7 @@ class NativeDecoder:
         return TOKENS[0](int64s(positions), rope, None, *rows, *keys, None, None, None, *delta)
 
     def _delta(
-        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """The other layers', with each token's inputs of delta rules and their states.
         `ValueError`."""
@@ -304,18 +288,20 @@ class NativeBackend(TorchBackend):
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
         return self._native.layer_norm(x_TD.contiguous(), weight_D, bias_D, eps)
 
-    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
+    def mix(
+        self, h_TD: Tensor, mixing: border.Mixing, hyper: border.HyperGeometry
+    ) -> tuple[Tensor, border.Mixed]:
         Q, iterations, small, eps = hyper
         h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
         weights = fn, mixing.base, mixing.scale
         x_TD, *mixed = self._native.hyper_in.results(h_TQD, *weights, eps, iterations, small)
-        return x_TD, Mixed(*mixed)
+        return x_TD, border.Mixed(*mixed)
 
-    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: border.Mixed) -> Tensor:
         h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
         return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
 
-    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> Tensor:
+    def collapse(self, h_TD: Tensor, mixing: border.Mixing, hyper: border.HyperGeometry) -> Tensor:
         Q, _, small, eps = hyper
         h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
         return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, small)
@@ -359,14 +345,14 @@ class NativeBackend(TorchBackend):
         values = q_THW.contiguous(), *latent_rows(rows_SX, R, P), scale
         return self._native.mla(*values, C=S, R=R, P=P)
 
-    def attend(self, q_THW: Tensor, listed: ListedRows, R: int, scale: float) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: border.ListedRows, R: int, scale: float) -> Tensor:
         rows_SX, more_SX, lists_TL, sinks_H = listed
         P, more_SX = q_THW.shape[-1] - R, rows_SX[:0] if more_SX is None else more_SX
         values = q_THW.contiguous(), *latent_rows(rows_SX, R, P), *latent_rows(more_SX, R, P)
         sizes = {"C": len(rows_SX), "D": len(more_SX), "R": R, "P": P}
         return self._native.attend(*values, lists_TL.contiguous(), scale, sinks_H, **sizes)
 
-    def grouped(self, q_THZ: Tensor, cached: GroupedRows, scale: float) -> Tensor:
+    def grouped(self, q_THZ: Tensor, cached: border.GroupedRows, scale: float) -> Tensor:
         rows_GSX, first, window, sinks_H = cached
         (G, S, _), Z = rows_GSX.shape, q_THZ.shape[-1]
         group, row, _ = layer_rows([rows_GSX], G, latent_bytes(Z, Z))
@@ -378,10 +364,10 @@ class NativeBackend(TorchBackend):
 
     def delta(
         self,
-        cached: DeltaRows,
+        cached: border.DeltaRows,
         z_TY: Tensor,
-        weights: Delta[Prepared],
-        sizes: DeltaGeometry,
+        weights: border.Delta[Prepared],
+        sizes: border.DeltaGeometry,
         eps: float,
     ) -> Tensor:
         w, z_TAV = weights, z_TY.unflatten(-1, (sizes.value_heads, sizes.V))
@@ -399,14 +385,18 @@ class NativeBackend(TorchBackend):
         return self._native.index(*values, S=len(keys_SX), K=k)
 
     def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
+        self,
+        logits_TE: Tensor,
+        router: border.Router,
+        bias_E: Tensor | None,
+        chosen_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         values = bind_router(router), logits_TE.contiguous(), bias_E, chosen_TK
         weights_TK, indices_TK = self._native.route.results(*values)
         return weights_TK, indices_TK
 
     def decoder(
-        self, geometry: Geometry, layers: Sequence[border.Layer[Prepared]]
+        self, geometry: border.Geometry, layers: Sequence[border.Layer[Prepared]]
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
@@ -414,14 +404,14 @@ class NativeBackend(TorchBackend):
         mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
-            if isinstance(attention := layer.attention, Mla):
+            if isinstance(attention := layer.attention, border.Mla):
                 is_native = isinstance(attention.kv_b_proj, Absorbed)
-            elif isinstance(attention, Grouped):
+            elif isinstance(attention, border.Grouped):
                 assert geometry.grouped is not None
                 norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
                 alike = all(len(norm) == geometry.grouped.Z for norm in norms)
                 is_native = alike or not geometry.grouped.norm_last
-            elif isinstance(attention, Delta):
+            elif isinstance(attention, border.Delta):
                 is_native = True
             else:
                 assert geometry.compressed is not None

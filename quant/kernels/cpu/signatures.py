@@ -1,7 +1,7 @@
-"""What the native functions take, in one table: arguments are checked and results allocated by it,
-before the native side sees a pointer.
+"""What the native functions take, by signatures.txt: arguments are checked and results allocated by
+it, before the native side sees a pointer.
 
-A row of `SIGNATURES` is a function's C arguments in order:
+A line has a function's C arguments in order:
 
     x:f32[T,K]    a tensor: contiguous, on the CPU, of this dtype and shape; `x?:` may be None
     s:source[T,K] the same, of any dtype of `SOURCE_TYPES`
@@ -15,10 +15,12 @@ letter sets it, unless the caller does.  N/16 is N / 16 rounded up, K/64+2 two m
 """
 
 import ctypes
+import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import zip_longest
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,79 +37,8 @@ C_TYPES: dict[str, type] = {  # all others are sizes
     **{"pointers": ctypes.POINTER(ctypes.c_void_p), "int64s": ctypes.POINTER(ctypes.c_int64)},
     **{"type": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double},
 }
-_SOURCE = "source:source[N,K] type N K"
-_LEVELS = "levels:f32[L] L"
-
-SIGNATURES = {
-    # y = x W^T; each of G groups of W's rows multiplies its own row of a token
-    "linear": "w:bound x:f32[T,G,K] T G >y:f32[T,N]",
-    "pack_int8": f"w:i8[N,K] N K packed:{INT8}",
-    # y = x / sqrt(mean(x^2) + eps) * weight
-    "rms_norm": "x:f32[T,K] weight?:f32[K] T K eps:float >y:f32[T,K]",
-    "layer_norm": "x:f32[T,K] weight:f32[K] bias:f32[K] T K eps:float >y:f32[T,K]",
-    # y = residual + (others + down(activation(gate x, up x))), one rounding a sum, as torch adds
-    "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
-    # x through those of each token's experts whose slot is a row of the slab, into y, unweighted;
-    # where it is negative, y is left as it is
-    "experts_by_slot": "record:bound x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E"
-    " slab:pointer S B y:f32[T,K,H]",
-    # the products are added one by one in order, from zero
-    "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
-    "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
-    "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
-    "attend": "q:f32[T,A,W] T A cache:pointer C stride:size others:pointer D others_stride:size"
-    " lists:i32[T,N] N R P scale:float sinks?:f32[A] >y:f32[T,A,R]",
-    "grouped": "q:f32[T,A,Z] T A cache:pointer G group_bytes:size S stride:size first:size Z"
-    " scale:float window:size sinks?:f32[A] >y:f32[T,A,Z]",
-    "index": "q:f32[T,A,R] weights:f32[T,A] T A R keys:pointer S stride:size counts:i32[T] K"
-    " >y:i32[T,K]",
-    # M residual streams of DeepSeek-V4, L = (2 + M) M: what goes into a block, with the factors of
-    # its result and of the streams; the streams behind it; what goes to the head, by fn [M, M, D]
-    "hyper_in": "h:f32[T,M,D] fn:f32[L,M,D] base:f32[L] scale:f32[3] T M D L eps:float"
-    " iterations:size hc_eps:float >x:f32[T,D] >post:f32[T,M] >comb:f32[T,M,M]",
-    "hyper_out": "y:f32[T,D] h:f32[T,M,D] post:f32[T,M] comb:f32[T,M,M] T M D >h:f32[T,M,D]",
-    "hyper_head": "h:f32[T,M,D] fn:f32[M,M,D] base:f32[M] scale:f32[1] T M D eps:float"
-    " hc_eps:float >x:f32[T,D]",
-    # a norm of each window's rows, weighted by the softmax over them of gate + bias
-    "compress": "kv:f32[T,J,Z] gate:f32[T,J,Z] bias:f32[J,Z] norm:f32[Z] T J Z eps:float"
-    " >y:f32[T,Z]",
-    # a gated delta rule, see delta.cpp; G heads of keys, the state's columns in blocks of 32
-    "delta": "inputs:f32[S,X] z:f32[T,A,V] convolution:f32[4,C] decay:f32[A] bias:f32[B]"
-    " norm:f32[V] before:f32[A,K,V] after:f32[A,K,V] S X C T G A K V B past:size folded:size"
-    " by_channel:size eps:float >y:f32[T,A,V]",
-    "gated": "x:f32[T,K] gate:f32[T,K] T K >y:f32[T,K]",
-    # each head's query times its first N rows of kv_b; its latent through the other V rows
-    "absorb_query": "kv_b:bound q:f32[T,A,N] T >y:f32[T,A,R]",
-    "absorb_value": "kv_b:bound latent:f32[T,A,R] T >y:f32[T,A,V]",
-    # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
-    "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
-    # (cos, sin) of positions times frequencies, the same bits on every system
-    "rotations": "positions:f32[T] frequencies:f32[C] T C scale:float >y:c64[T,C]",
-    # best first, of equals the lower index; the bias takes part in the choice alone
-    "route": "router:bound logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
-    " >indices:i64[T,K]",
-    # checked by hand, which is quicker: it runs once a token
-    "decode": "decoder:pointer first:size count:size h:pointer tokens:pointer slots:pointer"
-    " slab:pointer records:size record_stride:size record:pointer x:pointer experts:pointer"
-    " post:pointer comb:pointer y:pointer norms:pointer weights:pointer indices:pointer"
-    " reached:pointer seconds:pointer",
-    # of offload/policy/cache.py, which gives addresses of its own arrays
-    "judge": "policy:pointer layer:size used:pointer T K now:size x:pointer F D signs:pointer",
-    "least": "policy:pointer id:size now:size found:pointer",
-    # an id that is drawn, -1 where that is not certain
-    "choose": "x:f32[V] V temperature:double top_p:double top_k:size min_p:double number:double"
-    " >chosen:i64[1]",
-    "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",
-    "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
-    "coded_error": "w:bound source:source[N,K] type >sums:f64[N/16,2]",
-    # of encode.h; B columns share a scale
-    "fit_rows": f"{_SOURCE} weights:f32[K] {_LEVELS} starts:f32[C] C B >scales:f32[N,X]",
-    "code_rows": f"{_SOURCE} scales:f32[N,X] {_LEVELS} B >codes:u8[N,Y]",
-    "fit_columns": f"x:f32[B,N] B N weights:f32[B] {_LEVELS} starts:f32[C] C >scales:f32[N]",
-    "feed_back": f"x:f32[B,N] B N u:f32[B,B] scales:f32[N] {_LEVELS} >q:f32[B,N] >errors:f32[B,N]",
-    "descend": f"gradient:f32[B,N] B N h:f32[B,B] scales:f32[N] {_LEVELS} q:f32[B,N]",
-    "int8_error": f"{_SOURCE} w:i8[N,K] scale:f32[N] >sums:f64[N,2]",
-}
+_ROWS = re.sub(r"\n +", " ", Path(__file__).with_name("signatures.txt").read_text(encoding="utf-8"))
+SIGNATURES: dict[str, str] = dict(re.findall(r"^(\w+): (.+)$", _ROWS, re.MULTILINE))
 _REFUSED = {
     1: "the kernels refused an argument: sizes must be at least 1, levels finite, indices"
     " experts, and slots rows of the slab",
