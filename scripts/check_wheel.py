@@ -11,7 +11,10 @@ WINDOWS = re.compile(r"(?i)(kernel32|api-ms-win-crt-[\w-]+)\.dll")  # from versi
 NEEDED = (
     "slotmoe/py.typed",
     "slotmoe/model/geometries/v2.json",
+    "slotmoe/model/gguf.json",
     "slotmoe/model/sample/tokenizer.json",
+    "slotmoe/offload/plan/gpus.json",
+    "slotmoe/quant/kernels/cpu/signatures.txt",
     "slotmoe/tools/profile/report.html",
     "slotmoe/tools/serve/page.html",
 )
