@@ -26,7 +26,7 @@ from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
 from slotmoe.quant.shapes import SWIGLU, Activation
-from slotmoe.state import Empty
+from slotmoe.state import Empty as Empty
 from slotmoe.system import Placement
 
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
