@@ -108,6 +108,7 @@ class Network:
         self._positions = Positions(config, self.norm, backend)
         self._layer_by_layer = LayerByLayer(self._geometry, self.layers, backend)
         self._decoder = backend.decoder(self._geometry, self.layers)
+        backend.bind(self.embed_tokens, self.norm, self.lm_head)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
         self.timer: Timer | None = None
@@ -140,8 +141,9 @@ class Network:
             self.timer.mark("rest")
         runner: Runner | LayerByLayer = self._layer_by_layer
         T, size = len(h_TD), self._chunk_tokens
-        if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
-            runner = self._decoder
+        few = min(self.rows, size) >= T and T - len(states) <= _FEW
+        if self._decoder and (few or self.backend.decodes_all):
+            runner, size = self._decoder, min(size, self.rows)
         chunks, ends = [], [*accumulate(counts, initial=0)]
         for start in range(0, T, size):
             stop = min(start + size, T)
@@ -154,7 +156,7 @@ class Network:
             ids = None if ids_T is None else ids_T[start:stop]
             given = h_TD[start:stop], positions_T[start:stop], of_chunk, before, lengths
             chunks.append(self._positions.chunk(*given, self.timer, ids))
-        waiting = chunks
+        chunks[-1].ends, waiting = True, chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]
         for state, count in pairs:

@@ -94,10 +94,10 @@ def instruction_set() -> str | None:
 
 
 def device_index(device: str) -> int:
-    """Which GPU ``--device`` names, in CUDA's order, or 0.  Raises ``ConfigError``."""
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device)
+    """Which GPU ``--device`` names, in the order of CUDA or Vulkan, or 0.  ``ConfigError``."""
+    match = re.fullmatch(r"auto|cpu|(?:cuda|vulkan)(?::(\d{1,3}))?", device)
     if match is None:
-        raise ConfigError(f"device {device!r:.40} is unknown, expected auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"device {device!r:.40} is unknown: auto, cpu, cuda[:N] or vulkan[:N]")
     return int(match[1] or 0)
 
 
@@ -125,10 +125,10 @@ def visible_gpu(index: int) -> Gpu | None:
         return None if identity is None else Gpu("an NVIDIA GPU", 0, "")
 
 
-def ask_gpu(index: int) -> Json:
+def ask_gpu(index: int, kind: str = "cuda") -> Json:
     """What ``gpu_report`` finds of GPU ``index``, in a process of its own: torch, Triton or a
     driver that ends that is a ``reason`` like others."""
-    program = "import sys, json; from slotmoe.offload.devices.cuda import gpu_report"
+    program = f"import sys, json; from slotmoe.offload.devices.{kind} import gpu_report"
     program += f"; print(json.dumps(gpu_report({index})))"
     command, said = [sys.executable, "-c", program], "it takes too long"
     with suppress(subprocess.TimeoutExpired):

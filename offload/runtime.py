@@ -381,6 +381,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Record the routing of everything from now on into ``path`` (format:
         ``slotmoe.offload.observe``), until ``close``."""
         experts, c = self.model.quantized("trace"), self.config
+        if self.model.device.reads_in_place:
+            raise ConfigError("a trace is not there yet on Vulkan; use --device cpu")
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
 

@@ -351,7 +351,7 @@ class Chunk:
     side by side.  Where ``x_TD`` is set, that layer lacks only its feed-forward: ``x_TD`` is the
     input of that, ``routed_TD`` the weighted sum of its routed experts, and ``mixed`` how the
     streams take it in.  ``lists_TL``, int32, are the rows that the last indexer has chosen for each
-    token, best known in ascending order, -1 behind the last.
+    token, best known in ascending order, -1 behind the last.  The pass ``ends`` with this chunk.
     """
 
     h_TD: Tensor
@@ -369,3 +369,4 @@ class Chunk:
     compressed_C: Tensor | None = None
     mixed: Mixed | None = None
     lists_TL: Tensor | None = None
+    ends: bool = False

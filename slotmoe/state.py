@@ -54,7 +54,13 @@ class Rows:
 
     def put(self, start: int, end: int, rows: Tensor) -> None:
         """They are the first of ``rows`` from now on."""
-        self.between(start, end)[:] = rows[:, : self.count(start, end)]
+        places = slice(start // self.ratio, end // self.ratio)
+        self.rows[:, places] = rows[:, : self.count(start, end)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row of each layer."""
+        return self.rows.shape[0] * self.rows.shape[2] * self.rows.itemsize
 
 
 class Group(Rows):
@@ -177,7 +183,8 @@ class SequenceState:
         """Become ``depth`` tokens with random rows: for measurements."""
         generator = torch.Generator().manual_seed(0)
         for kept in self._kept:
-            _fill(kept.between(0, depth), kept.widths, store, generator)
+            _fill(rows := kept.between(0, depth), kept.widths, store, generator)
+            kept.put(0, depth, rows)
         for tail in self._tails:
             if tail.widths is None:
                 tail.rows.normal_()
@@ -191,7 +198,7 @@ class SequenceState:
 
     def saved_bytes(self, start: int, end: int) -> int:
         """Bytes of ``saved``."""
-        return sum(kept.count(start, end) * kept.rows[:, 0].nbytes for kept in self._kept)
+        return sum(kept.count(start, end) * kept.nbytes for kept in self._kept)
 
     def saved(self, start: int, end: int) -> Tensor:
         """What the tokens from ``start`` to ``end`` have added for good, uint8 in RAM."""
@@ -246,7 +253,7 @@ class LatentCache(SequenceState):
         self._rules = deltas.of if deltas else [0] * len(indexed)  # before each layer
         count = len(indexed) - (len(deltas.inputs.rows) if deltas else 0)
         self.layers = new(count, context, *widths)
-        self.index_keys, kept = self.layers[:0], [Rows(self.layers, widths)]
+        self.index_keys, kept = torch.empty(0), [Rows(self.layers, widths)]
         if any(indexed):
             self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
             self.index_keys = new(sum(indexed), context, keys, 0)

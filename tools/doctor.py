@@ -58,7 +58,7 @@ def command(as_json: bool) -> int:
       slotmoe doctor
       slotmoe doctor --json
     """
-    checks = [_system(), *_processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
+    checks = [_system(), *_processor(), *_kernels(), _gpu(), _vulkan(), *_memory(), *_libraries()]
     checks += [_cache(), _disk()]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
@@ -128,6 +128,13 @@ def _gpu() -> Check:
     if reason := asked["reason"]:
         return Check("GPU", "bad", f"{found}; not used: {reason}", asked["mend"])
     return Check("GPU", "ok", f"{found}; torch {torch}")
+
+
+def _vulkan() -> Check:
+    """What ``--device vulkan`` takes; ``auto`` does not yet."""
+    if reason := (asked := machine.ask_gpu(0, "vulkan"))["reason"]:
+        return Check("Vulkan", "note", f"none: {reason}")
+    return Check("Vulkan", "ok", f"--device vulkan: {', '.join(asked['all'])}")
 
 
 def _memory() -> Iterator[Check]:

@@ -170,7 +170,7 @@ _MTP = "mtp counts the head that predicts one token more, as quantize --keep-mtp
 _NAMED = {"callback": _check_value, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
 _PLANNED = (
     REVISION,
-    option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
+    option("--device", "auto|cpu|cuda|vulkan[:N]", _DEVICE, default="auto", **_NAMED),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     count("--context", None, "Positions of the KV cache. [default: 4096, or the model's limit]"),

@@ -311,6 +311,10 @@ def choose_device(
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"
+    if wanted.startswith("vulkan"):  # never by itself: it is not whole yet
+        from slotmoe.offload.devices.vulkan import VulkanDevice
+
+        return VulkanDevice(index), "as asked"
     name, reason, mend = judge_gpu(index)
     if reason and wanted != "auto":
         raise ConfigError(f"device {wanted}: {reason}; {mend}; or use --device cpu")

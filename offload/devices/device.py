@@ -13,7 +13,7 @@ only where it has to decide: ``Download.get``.  ``tests/support/twin.py`` is a G
 streams are as late as CUDA allows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from slotmoe.model.config import Config
 from slotmoe.offload.devices.pages import Arena, in_large_pages
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Empty, TorchBackend
@@ -49,12 +50,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Region:
-    """Bytes of memory, from ``address`` on for the kernels that read it.  ``tensor``, uint8, is the
-    same memory; where torch does not know the device it is empty."""
+    """Bytes of memory, from ``address`` on for the kernels that read it, or in ``parts`` of whole
+    records.  ``tensor``, uint8, is the same memory; where torch does not know the device it is
+    empty."""
 
     address: int
     nbytes: int
     tensor: Tensor
+    parts: "tuple[Region, ...]" = ()
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Region":
@@ -63,6 +66,8 @@ class Region:
 
     def split(self, size: int) -> list["Region"]:
         """Its parts, of ``size`` bytes each, the last perhaps of less."""
+        if self.parts:
+            return [piece for part in self.parts for piece in part.split(size)]
         places, total = range(0, self.nbytes, size), self.nbytes
         tensors = self.tensor.split(size) if len(self.tensor) else repeat(self.tensor)
         return [
@@ -112,11 +117,16 @@ class DeviceMemory:
 class Device:
     """The CPU, whose every call has done its work when it returns; ``CudaDevice`` is a GPU.
     ``device`` is where its tensors live, ``tier`` the memory that its slots take (``ram`` or
-    ``vram``).  ``queues``: kernels are only queued when a call returns.  ``placement``: where CPU
+    ``vram``).  ``queues``: kernels are only queued when a call returns.
+    ``reads_in_place``: they read experts that have no slot from RAM.  ``placement``: where CPU
     threads run and RAM lies.  ``copy``, ``pin`` and ``empty`` may be called from any thread."""
 
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
+    reads_in_place = False
     placement = Placement(1)
+
+    def refuse(self, config: Config, asked: Mapping[str, object]) -> None:
+        """Raises ``ConfigError`` for a model, or what is ``asked`` of it, that is not there yet."""
 
     def backend(self, kernels: str, activation: Activation) -> TorchBackend:
         """What multiplies here; all as for ``pick_backend``."""
@@ -126,9 +136,17 @@ class Device:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""
         return in_large_pages(shape, dtype, self.placement.nodes)
 
-    def region(self, nbytes: int) -> Region:
-        """Memory for records.  Raises ``torch.OutOfMemoryError``."""
-        return Region.of(self.empty((nbytes,), torch.uint8))
+    def region(self, count: int, size: int) -> Region:
+        """Memory for ``count`` records of ``size``.  Raises ``torch.OutOfMemoryError``."""
+        return Region.of(self.empty((count * size,), torch.uint8))
+
+    def reach(self, memory: Region) -> Region:
+        """RAM by the address that copies and kernels know.  Raises ``DeviceError``."""
+        return memory
+
+    def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for what sequences keep.  Raises ``torch.OutOfMemoryError``."""
+        return self.empty(shape, dtype)
 
     def weights(self) -> Empty:
         """An allocator for many weights that stay."""

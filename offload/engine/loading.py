@@ -21,6 +21,7 @@ from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import tune_heap
+from slotmoe.offload.devices.vulkan import PlacedExperts
 from slotmoe.offload.experts.ahead import Lookahead
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.experts import Experts
@@ -302,6 +303,7 @@ class _Loader:
     def _refuse(self, plan: Plan) -> int:
         """Refuse a plan beyond the budget, or what is there; returns the bytes of RAM in it."""
         plan.check()
+        self._device.refuse(self._config, vars(self._options))
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
         if ram > (total := total_memory()):
             sizes = f"{format_size(ram)} of RAM and this machine has {format_size(total)}"
@@ -353,7 +355,7 @@ class _Loader:
             device.run(lambda: experts.load_kernels(config.hidden_size, top_k), "a lower --vram")
         head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
         states = [
-            new_state(config, self._context, backend.latent_row, device.empty, plan.marks)
+            new_state(config, self._context, backend.latent_row, device.latents, plan.marks)
             for _ in range(options.sequences)
         ]
         parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}
@@ -420,7 +422,7 @@ class _Loader:
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead = None
-        if options.prefetch and missing and size > HELP_BYTES:
+        if options.prefetch and missing and size > HELP_BYTES and not device.reads_in_place:
             lookahead = Lookahead(
                 config,
                 weights,
@@ -431,7 +433,7 @@ class _Loader:
                 download=device.download,
             )
         hybrid, levels = None, export.layout.levels()
-        if isinstance(store, HostTier):
+        if isinstance(store, HostTier) and not device.reads_in_place:
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, config.activation)
@@ -450,7 +452,6 @@ class _Loader:
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         records = Records(slots.slab.tensor.view(-1, size), export.layout, levels)
-        return Experts(
-            config.moe_layers, records, slots, self._backend, device,
-            lookahead, hybrid, config.mtp,
-        )  # fmt: skip
+        kind = PlacedExperts if device.reads_in_place else Experts
+        parts = config.moe_layers, records, slots, self._backend, device
+        return kind(*parts, lookahead, hybrid, config.mtp)

@@ -124,6 +124,7 @@ class Experts:
         self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
         self._pass = Progress()
+        self._missed = list[int]()  # experts that a backend has computed without a slot
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = 0
@@ -200,8 +201,10 @@ class Experts:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
             for moe_layer, indices in enumerate(chosen.get().tolist(), first):
-                uses = self._uses(moe_layer, indices)
-                self._tell(Route(moe_layer, indices, len(uses), 0, 0, None))
+                uses, count = self._uses(moe_layer, indices), len(self._missed)
+                self._missed += [id for id in uses if id not in self._cache.cached]
+                missing = len(self._missed) - count
+                self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
                 seen_TD = chosen.others()[0][moe_layer - first].numpy() if inputs else None
                 self._cache.use_chunk(moe_layer, indices, x_TD=seen_TD)
                 if self.lookahead is not None:

@@ -55,9 +55,11 @@ class HostTier:
 
     def __init__(self, export: Export, direct: bool, cache: Cache, staging: int, device: Device):
         size, count = export.layout.record_bytes, cache.slots + staging
-        nodes = device.placement.nodes
+        nodes, at_once = device.placement.nodes, max(1, PIN_BYTES // size) * size
         self.slab = Region.of(page_aligned(count * size, forks=False, nodes=nodes))
-        self.store, self.cache = ExpertStore(cache, self.slab.split(size), count), cache
+        pieces = map(device.reach, self.slab.split(at_once))
+        records = [record for piece in pieces for record in piece.split(size)]
+        self.store, self.cache = ExpertStore(cache, records, count), cache
         self._device, self._lock = device, threading.Lock()
         self._copying: deque[tuple[Event, Slot]] = deque()  # in their order
         self.acquired: dict[Read, Slot] = {}
@@ -90,9 +92,10 @@ class HostTier:
         with self._lock:
             self._uses += [read.expert_id for read in reads]
 
-    def note_uses(self) -> None:
-        """The cache hears of what was submitted."""
+    def note_uses(self, more: Iterable[int] = ()) -> None:
+        """The cache hears of what was submitted, and of experts that were used where they lie."""
         with self._lock:
+            self._uses += more
             self._hear()
 
     def _hear(self) -> None:
@@ -184,7 +187,7 @@ class HostTier:
     def close(self) -> None:
         """Stop reading, wait for what is being copied, give the RAM back."""
         self._disk.close()
-        with suppress(RuntimeError):  # a GPU that has failed copies no more
+        with suppress(RuntimeError, DeviceError):  # a GPU that has failed copies no more
             for copy, _ in self._copying:
                 copy.synchronize()
         self.pinned.close()
@@ -277,7 +280,7 @@ class Pinning:
         """What will be locked, and in how many seconds, which one piece shows; empty if that is
         little or refused."""
         piece, started = self._pieces[0], time.perf_counter()
-        if self._total < SAID_BYTES or not self._device.pin(piece):
+        if self._device.reads_in_place or self._total < SAID_BYTES or not self._device.pin(piece):
             return ""
         seconds = (time.perf_counter() - started) * self._total / piece.nbytes
         self._device.unpin(piece)

@@ -70,8 +70,8 @@ class Slots:
         self._all = cache.layers * cache.experts
         self._complete = False
         total = min(cache.slots + staging, self._all)
-        self.slab, self.record_bytes = device.region(total * size), size
-        self._source, self._device, self.cache = source, device, cache
+        self.slab, self.record_bytes = device.region(total, size), size
+        self.source, self._device, self.cache = source, device, cache
         # Whether experts are read in order of layer, behind all else, until no slot is free.  They
         # are worth nothing until they are used, so where not all fit they are the first to leave;
         # and a layer that is whole lets the next pass go through.
@@ -148,18 +148,22 @@ class Slots:
             assert slot.read is not None
             reads.append(slot.read)
         if new:
-            self._source.submit(new)
+            self.source.submit(new)
         return reads
 
     def prefetch(self, expert_id: int, urgency: int) -> bool:
         """Start reading an expert unless fewer than ``reserve`` staging slots would be free."""
-        self.store.collect()
-        if len(self.store.staged) + self._reserve >= self.staging:
+        if not self.has_staging():
             return False
         new = list[Read]()
         self._begin(expert_id, urgency, new)
-        self._source.submit(new)
+        self.source.submit(new)
         return True
+
+    def has_staging(self) -> bool:
+        """Whether something may be prefetched."""
+        self.store.collect()
+        return len(self.store.staged) + self._reserve < self.staging
 
     def drop(self, expert_id: int) -> None:
         """Give up an expert in staging, arrived or not; nothing happens if it is not there."""
@@ -169,7 +173,7 @@ class Slots:
     def wait(self, reads: Collection[Read]) -> None:
         """Block until one of ``reads`` is done."""
         started = time.perf_counter()
-        self._source.wait(reads)
+        self.source.wait(reads)
         self.wait_seconds += time.perf_counter() - started
 
     def take(self, reads: Collection[Read]) -> None:
@@ -213,7 +217,7 @@ class Slots:
         try:
             while self.fills:
                 if reads := self._fill(idle=True):
-                    self._source.wait(reads)
+                    self.source.wait(reads)
                 done()
         finally:
             self.fills = False
@@ -222,8 +226,8 @@ class Slots:
         """Go on: what is on its way to fill slots, and below a GPU RAM before those.  Copies
         to a GPU wait for each other, so they are made while it is idle."""
         reads = None
-        if self.fills and isinstance(self._source, HostTier):
-            reads = self._source.fill()
+        if self.fills and isinstance(self.source, HostTier):
+            reads = self.source.fill()
         if self.fills and reads is None and (idle or not self._device.queues):
             reads = self._fill_free()
             self.fills = reads is not None
@@ -248,7 +252,7 @@ class Slots:
             slot = self._begin(expert_id, FILL, new)
             assert slot.read is not None
             reads.append(slot.read)
-        self._source.submit(new)
+        self.source.submit(new)
         return reads if reads or self._touching is not None or not self.store.full() else None
 
     def memory(self) -> Tensor:
@@ -302,7 +306,7 @@ class Slots:
             store.move(slot, FREE)
             slot = store.take(expert_id)
         try:
-            slot.read = read = self._source.read(expert_id, slot.record, urgency)
+            slot.read = read = self.source.read(expert_id, slot.record, urgency)
         except BaseException:
             store.move(slot, FREE)
             raise
@@ -320,7 +324,7 @@ class Slots:
         elif read.done:
             read.urgency = DEMAND  # no guess any more, which ``admit_guesses`` may take
         else:
-            self._source.promote(read)
+            self.source.promote(read)
 
     def _wait_for_copy(self, read: Read) -> None:
         """Kernels launched from now on run after the copy of a read that is done."""
@@ -333,7 +337,7 @@ class Slots:
                 read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
 
     def _give_up(self, slot: Slot) -> None:
-        self.store.give_up(slot, self._source.cancel)
+        self.store.give_up(slot, self.source.cancel)
 
     def _make_room(self) -> None:
         """If no slot is available, the oldest prefetch gives its own up."""
@@ -344,7 +348,7 @@ class Slots:
             if (slot := next(unwanted, None)) is not None:
                 self._give_up(slot)
             else:
-                self._source.wait(store.leaving_reads())
+                self.source.wait(store.leaving_reads())
             store.collect()
 
 

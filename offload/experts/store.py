@@ -117,13 +117,13 @@ class ExpertStore:
         self.leaving = 0  # slots
         self._filling = iter(range(0))
         self.slots: list[Slot] = []
-        self._records = records
+        self.records = records
         self.grow(ready)
 
     def grow(self, ready: int) -> None:
         """The first ``ready`` slots can be used now."""
         if ready > len(self.slots):
-            records = enumerate(self._records[len(self.slots) : ready], len(self.slots))
+            records = enumerate(self.records[len(self.slots) : ready], len(self.slots))
             new = [Slot(index, record, rank=_FIRST) for index, record in records]
             stale = sum(slot.state is STALE for slot in self.available)
             self.available[stale:stale] = reversed(new)

@@ -205,7 +205,7 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
     the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
     With ``torch``: one block of scores with its expanded keys and values, and a dequantized slice
-    of weights.  For ``triton`` see ``_gpu_scratch``.
+    of weights.  For ``triton`` see ``_gpu_scratch``: ``vulkan``, whose rows are few, takes less.
     """
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
     if kernels == "native":
@@ -213,7 +213,7 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
         attention = (2 + c.mtp) * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
         attention += _more_scratch(c)
         return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
-    if kernels == "triton":
+    if kernels != "torch":
         return _gpu_scratch(config, tokens)
     query = T * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     widest = max(c.intermediate_size, max(c.n_shared_experts, 1) * c.moe_intermediate_size)
@@ -394,6 +394,7 @@ def make_plan(
     }
     given = components, count, staging, record, budget, tier, context, chunk, drafted
     plan = Plan(*given, marks=marks)
+    top_k *= FEW_ROWS if kernels == "vulkan" else 1  # which may all be read in RAM
     return plan if host_budget is None else _above(plan, runtime, host_budget, everything, top_k)
 
 
@@ -402,7 +403,7 @@ def _drafted(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:
     if kernels == "native":
         count = FEW_DRAFTED if is_scarce else MOST_DRAFTED
         return count, count * 4 * SPANS * config.num_attention_heads * config.kv_lora_rank
-    return (FEW_ROWS - 1) * (kernels == "triton" and config.indexer is None), 0
+    return (FEW_ROWS - 1) * (kernels != "torch" and config.indexer is None), 0
 
 
 def _above(plan: Plan, runtime: int, budget: int, everything: int, top_k: int) -> Plan:

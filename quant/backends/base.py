@@ -20,7 +20,7 @@ from slotmoe import border
 from slotmoe.border import Chunk, Geometry, HyperGeometry, Layer, Mixed, Mixing, Pending, Router
 from slotmoe.quant.backends.attention import TorchAttention
 from slotmoe.quant.codecs.codec import TILE
-from slotmoe.quant.codecs.weight import Int8Weight, Weight, dequantize, map_tensors, rows
+from slotmoe.quant.codecs.weight import Int8Weight, Placed, Weight, dequantize, map_tensors, rows
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
@@ -102,8 +102,8 @@ class Runner(Protocol):
 
 def unbound(weight: Prepared) -> Weight:
     """Raises ``TypeError`` for a weight that was prepared for another backend."""
-    if isinstance(weight, Matrix | Absorbed):
-        raise TypeError("a tiled matrix is for the native kernels alone")
+    if isinstance(weight, Matrix | Absorbed | Placed):
+        raise TypeError("a matrix that was prepared for other kernels is for these alone")
     return weight
 
 
@@ -128,11 +128,12 @@ class TorchBackend(TorchAttention):
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
 
     ``absorbs``: whether attention takes the absorbed form always, so that decode and prefill agree.
+    ``decodes_all``: the decoder runs passes of any length, from ids on, and ``linear`` is its head.
     ``activation`` is that of every MLP.
     """
 
     kind = name = "torch"
-    absorbs = False
+    absorbs = decodes_all = False
 
     def __init__(self, compute: torch.dtype = torch.float32, activation: Activation = SWIGLU):
         self.compute, self.activation = compute, activation
@@ -289,6 +290,9 @@ class TorchBackend(TorchAttention):
     ) -> tuple[Tensor, Tensor] | None:
         """What ``slotmoe.model.layers.route`` gives, or None without a kernel."""
         return None
+
+    def bind(self, embedding: Prepared, norm_D: Tensor, head: Prepared) -> None:
+        """The weights before a network's layers and behind them, once it has a decoder."""
 
     def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> Runner | None:
         """What runs passes over a few tokens of each sequence, each bitwise what the operations

@@ -7,6 +7,7 @@ Shape legend: N rows out, K columns in.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,17 @@ class CodedWeight:
             levels += codes & (1 << low) - 1
         values = levels.view(tiles, TILE, scales.shape[2], -1) * scales[..., None]
         return values.view(tiles * TILE, columns)[:N, :K]
+
+
+class Placed(NamedTuple):
+    """A matrix [N, K], row-major or as a ``CodedWeight``, of a kind of ``quant/kernels/vulkan``, by
+    addresses on a device that torch does not know."""
+
+    kind: int
+    shape: tuple[int, int]
+    data: int
+    scale: int = 0
+    levels: int = 0
 
 
 def levels_of(codec: Codec) -> Tensor:

@@ -29,7 +29,7 @@ OPTIONS = [
     ({"quantize": "nf4"}, "quantize is 'nf4', expected True or False"),
     ({"experts_dirs": "/mnt/b"}, "experts_dirs is '/mnt/b', expected a list"),
     ({"ram": []}, r"ram is \[\], expected a number or text or None"),
-    ({"device": 0}, "device '0' is unknown, expected auto, cpu, cuda or cuda:N"),
+    ({"device": 0}, r"device '0' is unknown: auto, cpu, cuda\[:N\]"),
     ({"misses": "gpu"}, "misses 'gpu' is unknown, expected one of: auto, fetch"),
 ]
 

@@ -94,7 +94,7 @@ def test_memory_that_was_measured_with_goes_when_copies_from_it_have_ended(twin)
     """After Ctrl-C in the middle, too."""
     twin, queued, ended = Twin(), [], []
     twin.gpu.eager = twin.gpu.wide = 0  # nothing runs that the host does not wait for
-    rows, copy, unpin = twin.region(2 * 4096).split(4096), twin.copy, twin.unpin
+    rows, copy, unpin = twin.region(2, 4096).split(4096), twin.copy, twin.unpin
 
     def copy_one(*given):
         if queued:

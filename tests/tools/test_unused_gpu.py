@@ -104,7 +104,7 @@ def test_each_command_says_why(there, slotmoe, monkeypatch, way, command):
     told = there(way)
     monkeypatch.setattr(runtime, "open_model", refuse)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(machine, "ask_gpu", gpu_report)
+    monkeypatch.setattr(machine, "ask_gpu", lambda index, *kind: gpu_report(index))
     _, out, err = slotmoe(*COMMANDS[command])
     said = " ".join(re.sub(r"\s+->", ";", out + err).split())
     assert said.count("not used: ") == 1 and re.search(f"NVIDIA RTX.* not used: .*{told}", said)
@@ -122,8 +122,8 @@ def test_doctor_and_plan_ask_in_a_process_of_their_own(seen, program, slotmoe, m
             asked = rf"NVIDIA GB10.* not used: torch can't be asked about it \(.*{told}\)"
             assert re.search(asked, " ".join(out.split()))
     assert "memory that its driver does not tell" in slotmoe("doctor")[1]
-    found = {"name": "NVIDIA GB10", "reason": "", "free": 100 << 30}
-    monkeypatch.setattr(machine, "ask_gpu", lambda index: found)
+    found = {"name": "NVIDIA GB10", "reason": "", "free": 100 << 30, "all": ["it"]}
+    monkeypatch.setattr(machine, "ask_gpu", lambda index, *kind: found)
     assert "ok  GPU        NVIDIA GB10, memory that" in slotmoe("doctor")[1]
     report = json.loads(slotmoe("plan", "v2-lite", "--json")[1])
     assert (report["gpu"], report["budget"]["vram"]) == ("NVIDIA GB10", 90 << 30)
@@ -159,7 +159,8 @@ def test_which_gpu_is_taken(there, monkeypatch):
     assert choose_device("cuda:1", str)[0] == "1"
     assert choose_device("auto", str) == ("0", "NVIDIA RTX 0 is here")
     assert choose_device("cpu", str)[0].tier == "ram"
-    wrong = dict.fromkeys(("gpu", "cuda:", "cuda:-1"), "expected auto, cpu, cuda or cuda:N$")
+    known = "is unknown: auto, cpu, cuda.:N. or vulkan.:N.$"
+    wrong = dict.fromkeys(("gpu", "cuda:", "cuda:-1"), known)
     wrong["cuda:2"] = "only cuda:0 to cuda:1 .*; or use --device cpu$"
     for name, told in wrong.items():
         with pytest.raises(ConfigError, match=f"^device .*{told}"):

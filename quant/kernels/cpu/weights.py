@@ -25,7 +25,7 @@ from slotmoe.border import (
     Router,
 )
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES
-from slotmoe.quant.codecs.weight import CodedWeight, Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Placed, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
@@ -168,7 +168,7 @@ class Absorbed(Bound):
         super().__init__(_ABSORBED.bind(sizes, heads, n, r, v, *memory).native, sizes, memory)
 
 
-Prepared = Weight | Matrix | Absorbed  # the last two are bound for native calls
+Prepared = Weight | Placed | Matrix | Absorbed  # the last two are bound for native calls
 
 
 class BoundMlp(Bound):

@@ -1,0 +1,193 @@
+"""Vulkan devices: the engine's view of one, and experts that its kernels read where they lie.
+
+Experts in slots and in RAM are read in place, each by its address.  What is used is copied to slots
+between passes, as far as the cache policy keeps it; what is in neither comes from the disk to RAM
+in the middle of a pass, which waits for that.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
+from slotmoe.model.config import Config
+from slotmoe.offload.devices.device import Device, DeviceMemory, Event, Region
+from slotmoe.offload.experts.experts import Experts
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.store import CACHED, STALE
+from slotmoe.quant.backends.base import Records, TorchBackend
+from slotmoe.quant.backends.vulkan import SCORINGS, DeviceRows, VulkanBackend, allocate
+from slotmoe.quant.kernels import vulkan as kernels
+from slotmoe.quant.shapes import Activation
+
+_NONE = torch.empty(0, dtype=torch.uint8)
+# Of what a model is opened with, the values that are there.
+_OPTIONS: dict[str, tuple[object, ...]] = {"misses": ("auto", "fetch"), "kernels": ("auto",)}
+_OPTIONS |= {"draft": ("off", "auto", "ngram"), "quantize": (True,)}
+_ONWARD = 1  # the urgency of what is copied to a slot because it was used
+
+
+class _Copy(Event):
+    def __init__(self, vulkan: kernels.Vulkan, value: int):
+        self._vulkan, self._value = vulkan, value
+
+    def done(self) -> bool:
+        return self._vulkan.wait(self._value, 0)
+
+    def synchronize(self) -> None:
+        self._vulkan.wait(self._value)
+
+
+def gpu_report(index: int) -> Json:
+    """Of device ``index`` its ``name``, its ``free`` bytes and the ``reason`` why it can't be used;
+    and the names of ``all``."""
+    try:
+        infos, reason = kernels.devices(), f"there is no device {index}"
+    except kernels.VulkanError as problem:
+        infos, reason = [], str(problem)
+    report = {"all": [info.name.decode() for info in infos], "reason": reason}
+    for info in infos[index : index + 1]:
+        report |= {"name": info.name.decode(), "free": info.heap, "reason": info.problem.decode()}
+    return report
+
+
+class VulkanDevice(Device):
+    """A Vulkan device; a pass is computed when its call returns.  It is closed, and all its memory
+    given back, when nobody has it any more.  What fails raises ``DeviceError``."""
+
+    tier, reads_in_place = "vram", True
+
+    def __init__(self, index: int):
+        if reason := (found := gpu_report(index))["reason"]:
+            raise ConfigError(f"device vulkan:{index}: {reason}; or use --device cpu")
+        self.vulkan, self.name = kernels.Vulkan(index), found["name"]
+        self._reached = list[Region]()  # RAM that has to outlive the device
+        weakref.finalize(self, self.vulkan.close)
+
+    def refuse(self, config: Config, asked: Mapping[str, object]) -> None:
+        family, more = config.family, (config.indexer, config.hyper, config.delta)
+        missing = [name for name, known in _OPTIONS.items() if asked[name] not in known]
+        problem = ", ".join(f"{name} {asked[name]}" for name in missing)
+        if family.attention != "latent" or family.scoring not in SCORINGS or any(more):
+            problem = family.architecture
+        if problem:
+            raise ConfigError(f"{problem} is not there yet on Vulkan; use --device cpu")
+
+    def backend(self, kernels: str, activation: Activation) -> VulkanBackend:
+        return VulkanBackend(self.vulkan)
+
+    def region(self, count: int, size: int) -> Region:
+        at_once, parts = max(1, self.vulkan.limits.allocation // size), list[Region]()
+        for start in range(0, count, at_once):
+            nbytes = min(at_once, count - start) * size
+            parts.append(Region(allocate(self.vulkan, nbytes), nbytes, _NONE))
+        return Region(parts[0].address, count * size, _NONE, tuple(parts))
+
+    def reach(self, memory: Region) -> Region:
+        self._reached.append(memory)
+        imported = self.vulkan.allocate(kernels.IMPORTED, memory.nbytes, memory.address)
+        return Region(imported.address, memory.nbytes, memory.tensor)
+
+    def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return cast(Tensor, DeviceRows(self.vulkan, shape))  # which stands for one
+
+    def copy(self, source: Region, target: Region, after: Event) -> Event:
+        """Passes are over when their calls return, so there is nothing to come ``after``."""
+        copied = kernels.Copy(source.address, target.address, source.nbytes)
+        return _Copy(self.vulkan, self.vulkan.copy([copied]))
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+    def memory(self) -> DeviceMemory:
+        total, free, own = self.vulkan.budget()
+        return DeviceMemory(free, total, own, own, own)
+
+
+class PlacedExperts(Experts):
+    """Experts behind slots and in RAM that the ``VulkanBackend`` reads in place."""
+
+    def __init__(
+        self, layers: Sequence[int], records: Records, slots: Slots, backend: TorchBackend,
+        device: Device, *_: object,
+    ):  # fmt: skip
+        super().__init__(layers, records, slots, backend, device)
+        assert isinstance(backend, VulkanBackend) and isinstance(slots.source, HostTier)
+        backend.layout, self._host, self._brings = records.layout, slots.source, True
+        self._near_N, self._far_N = (
+            np.array([record.address for record in tier.store.records], np.uint64)
+            for tier in (slots, slots.source)
+        )
+
+    def load_kernels(self, hidden_size: int, top_k: int) -> None:
+        """They are there."""
+
+    def begin(self, tokens: int, sequences: int = 1) -> bool:
+        """A pass begins: what was copied meanwhile is cached."""
+        self._host.release_all()
+        self.slots.admit_guesses()
+        self._host.advance(tokens)
+        return super().begin(tokens, sequences)
+
+    def write_addresses(self, table_ME: NDArray[np.uint64]) -> None:
+        """See ``slotmoe.quant.backends.vulkan``."""
+        near, host = self._store, self._host
+        if not (near.changed or host.store.changed or self._brings):
+            return
+        host.store.changed = False  # other threads add to its table, and take nothing away
+        near_ME, far_ME = self.slots.slots_ME.numpy(), host.store.table_ME.numpy()
+        far_ME = np.where(far_ME >= 0, self._far_N[far_ME], 0)
+        np.copyto(table_ME, np.where(near_ME >= 0, self._near_N[near_ME], far_ME)[: len(table_ME)])
+        for read, slot in host.acquired.items():
+            if near.state(read.expert_id) is not CACHED:
+                table_ME.flat[read.expert_id] = slot.record.address
+        self._brings = bool(host.acquired)
+
+    def bring(self, moe_layer: int, indices: list[list[int]]) -> None:
+        """See ``slotmoe.quant.backends.vulkan``."""
+        host, slots, cached = self._host, self.slots, self._cache.cached
+        ids = [id for id in self._uses(moe_layer, indices) if id not in cached]
+        self._fetched += len(ids)
+        host.release_all()  # an earlier layer's, which is over
+        room = min(slots.room(), slots.staging)
+        reads, lent = slots.demand(ids[:room]), [host.acquire(id) for id in ids[room:]]
+        host.submit(lent)
+        while coming := [read for read in (*reads, *lent) if not read.done]:
+            self.look()
+            slots.wait(coming)
+        slots.take(reads)
+        for read in reads:
+            slots.admit(read.expert_id, must=True)
+        for read in lent:
+            if read.error is not None:
+                raise read.error
+        self._brings = True
+
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
+        """And what was used goes on to slots, as far as the cache would keep it."""
+        super().passed(layer, indices_MTK, x_MTD)
+        used, self._missed = self._missed, []
+        self._host.release_all()
+        self._host.note_uses(used)
+        self._keep(used)
+
+    def _keep(self, used: list[int]) -> None:
+        """Begin copies, as many as may be on their way, of what the cache would keep."""
+        store, host = self._store, self._host.store
+        for id in used:
+            if store.state(id) > STALE or host.state(id) is not CACHED:
+                continue
+            if not self.slots.has_staging():
+                return
+            evicted = self._cache.victim(id)
+            if evicted != id:
+                if evicted is not None:
+                    store.move(store.of[evicted], STALE)
+                self.slots.prefetch(id, _ONWARD)

@@ -1,0 +1,213 @@
+"""``VulkanBackend``: a Vulkan device with the shaders of ``slotmoe.quant.kernels.vulkan``.
+
+Weights, experts in slots and latents lie in memory that torch does not know; they are named by its
+addresses.  What the rest of the network sees of a pass lies in RAM.  A pass over up to 8 tokens is
+one submit, from their ids to logits, that was recorded once.  It stops by itself at a layer whose
+experts are not all where shaders read them, and goes on when they are.
+
+Shapes: T tokens, D hidden_size, V vocab_size, E routed experts, K experts a token, M MoE layers; of
+latents L layers, S positions, X elements of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slotmoe.border import Chunk, Geometry, Layer, Mla, Mlp
+from slotmoe.errors import ConfigError
+from slotmoe.quant.backends.base import Empty, Prepared, RoutedExperts, TorchBackend, new
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
+from slotmoe.quant.export.layout import RecordLayout
+from slotmoe.quant.kernels import vulkan as kernels
+from slotmoe.quant.shapes import FEW_ROWS, WIDENED
+from slotmoe.state import LatentCache
+
+_ALIGNMENT = 256  # bytes, of a tensor among others
+_INT8 = 0
+_DENSE = {torch.float32: 9, torch.float16: 10, torch.bfloat16: 11}
+SCORINGS = "softmax", "sigmoid"
+
+
+class DeviceRows:
+    """Latent rows [L, S, X], float16, in a device's memory, in place of a tensor: a slice of S is a
+    copy in RAM, and is assigned to from there.  Raises ``torch.OutOfMemoryError``."""
+
+    dtype, itemsize = torch.float16, 2
+
+    def __init__(self, vulkan: kernels.Vulkan, shape: tuple[int, ...]):
+        self.shape, self._vulkan = shape, vulkan
+        self.layer_bytes = 2 * shape[1] * shape[2]
+        self.address = allocate(vulkan, shape[0] * self.layer_bytes)
+
+    def _move(self, how: Callable[..., None], at: slice, host_LSX: Tensor) -> Tensor:
+        place, size = self.address + 2 * self.shape[2] * (at.start or 0), host_LSX[0].nbytes
+        if size:
+            how(place, host_LSX.data_ptr(), self.shape[0], size, self.layer_bytes, size)
+        return host_LSX
+
+    def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
+        count = len(range(*at[1].indices(self.shape[1])))
+        host_LSX = torch.empty(self.shape[0], count, self.shape[2], dtype=self.dtype)
+        return self._move(self._vulkan.read, at[1], host_LSX)
+
+    def __setitem__(self, at: tuple[slice, slice], rows_LSX: Tensor) -> None:
+        self._move(self._vulkan.write, at[1], rows_LSX.contiguous())
+
+
+def allocate(vulkan: kernels.Vulkan, nbytes: int) -> int:
+    """The address of so much of the device's memory, which is asked first whether it has that.
+    Raises ``torch.OutOfMemoryError``."""
+    if vulkan.limits.has_budget and nbytes > vulkan.budget()[1]:
+        raise torch.OutOfMemoryError(f"{nbytes} bytes are not free")
+    try:
+        return vulkan.allocate(kernels.DEVICE, max(nbytes, 16)).address
+    except kernels.VulkanError as problem:
+        raise torch.OutOfMemoryError(str(problem)) from None
+
+
+def place(vulkan: kernels.Vulkan, *tensors: Tensor) -> list[int]:
+    """The addresses of copies of ``tensors``, side by side."""
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    starts = [*accumulate(sizes, initial=allocate(vulkan, sum(sizes)))]
+    for start, tensor in zip(starts, tensors, strict=False):
+        data = tensor.contiguous()
+        vulkan.write(start, data.data_ptr(), 1, data.nbytes)
+    return starts[:-1]
+
+
+def _matrix(weight: Prepared | None) -> Any:
+    assert weight is None or isinstance(weight, Placed)
+    return kernels.Matrix(weight.kind, *weight.shape, *weight[2:]) if weight else kernels.Matrix()
+
+
+class VulkanBackend(TorchBackend):
+    """Of one model, and its decoder.  ``layout`` of its records is told before there is that."""
+
+    kind = name = "vulkan"
+    absorbs = decodes_all = True
+    rows = FEW_ROWS
+    layout: RecordLayout
+    _geometry: Geometry
+    _layers: Sequence[Layer[Prepared]]
+
+    def __init__(self, vulkan: kernels.Vulkan):
+        super().__init__()
+        self.vulkan = vulkan
+        self._ended_TD = torch.empty(0, 1)  # rows of which the last submit has made logits
+        # Positions, and of each row's latents the address and the bytes of a layer.
+        self._places = np.zeros((3, self.rows), np.int64)
+
+    def prepare(
+        self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
+    ) -> Prepared:
+        """Norms and gates stay in RAM until ``bind``."""
+        if isinstance(weight, Int8Weight):
+            kind, parts = _INT8, [weight.q, weight.scale]
+        elif isinstance(weight, CodedWeight):
+            kind, parts = weight.kind, [weight.codes, weight.scales, weight.levels]
+        elif weight.dim() == 1 or role in WIDENED:
+            return super().prepare(role, weight, empty, head)
+        else:
+            kind, parts = _DENSE[weight.dtype], [weight]
+        N, K = weight.shape
+        return Placed(kind, (N, K), *place(self.vulkan, *parts))
+
+    def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
+        """Memory for the residual stream: a pass reads the table by the chunk's ids."""
+        return torch.empty(len(ids_T), weight.shape[1])
+
+    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> "VulkanBackend":
+        self._geometry, self._layers = geometry, layers
+        return self
+
+    def bind(self, embedding: Prepared, norm_D: Tensor, head: Prepared) -> None:
+        """Raises ``ConfigError`` for shapes that shaders do not take."""
+        g, router, layout = self._geometry, self._geometry.router, self.layout
+        norm, levels = place(self.vulkan, norm_D, layout.levels())
+        layers = [self._layer(layer) for layer in self._layers]
+        experts = max(layer.gate.n for layer in layers)
+        codecs, scoring = layout.codecs, SCORINGS.index(router.scoring)
+        model = kernels.Model(
+            len(layers), len(norm_D), head.shape[0], *g[:5], g.halves, g.eps, g.latent_eps,
+            g.softmax_scale, experts, router.n_group, router.topk_group, router.top_k,
+            router.group_best, scoring, router.normalized, router.factor,
+            layout.moe_intermediate_size, codecs.gate_up.kind, codecs.down.kind,
+            (*layout.gate_up_places, *layout.down_places), levels, _matrix(embedding),
+            _matrix(head), norm, (kernels.Layer * len(layers))(*layers),
+        )  # fmt: skip
+        try:
+            self._decoder = self.vulkan.decoder(model)
+        except ValueError as problem:
+            told = f"this model's shapes are not computed on Vulkan yet ({problem})"
+            raise ConfigError(f"{told}; use --device cpu") from None
+        self._views = views = self._decoder.views
+        self._hidden_TD, self._logits_TV = map(torch.from_numpy, (views.hidden, views.logits))
+
+    def _layer(self, layer: Layer[Prepared]) -> Any:
+        """A layer's weights, with norms and gate on the device."""
+        attention, mlp = layer.attention, layer.mlp or Mlp[Prepared | None](None, None, None)
+        assert isinstance(attention, Mla) and attention.indexer is None
+        kept = [layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm]
+        more = attention.q_a_layernorm, layer.gate, layer.gate_bias
+        places = iter(place(self.vulkan, *kept, *(part for part in more if part is not None)))
+        input_norm, latent_norm, next_norm = next(places), next(places), next(places)
+        query_norm, gate, bias = (0 if part is None else next(places) for part in more)
+        rows = (0, 0) if layer.gate is None else layer.gate.shape
+        attended = attention.kv_a_proj, attention.kv_b_proj, attention.o_proj
+        queries = attention.q_a_proj or attention.q_proj, attention.q_b_proj
+        return kernels.Layer(
+            input_norm, query_norm, latent_norm, next_norm, *map(_matrix, (*queries, *attended)),
+            kernels.Matrix(_DENSE[torch.float32], *rows, gate), bias,
+            *map(_matrix, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+        )  # fmt: skip
+
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> None:
+        """All of them: where experts are missing they are brought and it goes on."""
+        placed: Any = experts  # ``slotmoe.offload.devices.vulkan.PlacedExperts``
+        views, T, at = self._views, len(chunk.h_TD), 0
+        caches = cast(Sequence[LatentCache], chunk.caches)
+        for cache, before, count in zip(caches, chunk.before, chunk.counts, strict=True):
+            rows, first = cast(DeviceRows, cache.layers), cache.length + before
+            self._places[0, at : at + count] = range(first, first + count)
+            self._places[1:, at : at + count] = [[rows.address], [rows.layer_bytes]]
+            at += count
+        last = views.logits_end if chunk.ends else views.hidden_end
+        ids_T, scale_T = cast(Tensor, chunk.ids_T), chunk.query_scale_T
+        step = kernels.Step(
+            T, views.begin, last, ids_T.data_ptr(), *(row.ctypes.data for row in self._places),
+            chunk.rope_TC.data_ptr(), None if scale_T is None else scale_T.data_ptr(),
+        )  # fmt: skip
+        while True:
+            placed.write_addresses(views.table)
+            self._decoder.run(step)
+            if (moe_layer := int(views.stopped[0])) < 0:
+                break
+            placed.bring(moe_layer, views.indices[moe_layer, :T].tolist())
+            step.first = views.gates[moe_layer]
+        chunk.h_TD.copy_(self._hidden_TD[:T])
+        if chunk.ends:
+            self._ended_TD = chunk.h_TD
+        if chunk.timer is not None:
+            chunk.timer.mark("captured layers")
+        chunk.layer = len(self._layers)
+        experts.passed(0, torch.from_numpy(views.indices[:, :T]), None)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+        """The head's, which ``linear`` computes with it: the same."""
+        return x_TD
+
+    def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
+        """The head's; of rows that the last pass has ended with it is there already."""
+        row = (x_TK.data_ptr() - self._ended_TD.data_ptr()) // (4 * x_TK.shape[1])
+        if 0 <= row <= len(self._ended_TD) - len(x_TK):
+            return self._logits_TV[row : row + len(x_TK)].clone()
+        self._ended_TD, views, parts = self._ended_TD[:0], self._views, list[Tensor]()
+        for rows_TD in x_TK.contiguous().split(self.rows):
+            given = {"rows": len(rows_TD), "hidden": rows_TD.data_ptr()}
+            self._decoder.run(kernels.Step(first=views.hidden_end, last=views.logits_end, **given))
+            parts.append(self._logits_TV[: len(rows_TD)].clone())
+        return torch.cat(parts)
