@@ -16,8 +16,8 @@ SPARE = 16  # tokens that can be cut off without a mark
 CONVOLVED = 4  # tokens that the convolution before a delta rule sees
 RESIDENT_MODES = ("bf16", "int8", "int6", "int5", "mixed", "nf4")
 _CODED = {  # by mode and role
-    "mixed": {"matrix": LUT4},
-    **{codec.name: {"matrix": codec, "sensitive": codec} for codec in (INT6, INT5, NF4)},
+    **{"int6": {"matrix": INT6}, "int5": {"matrix": INT5}, "mixed": {"matrix": LUT4}},
+    "nf4": {"matrix": NF4, "sensitive": NF4},
 }
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 # Triton kernels: tokens of a pass that the decoder takes at most, programs that share a token's

@@ -121,9 +121,9 @@ def _adding(*options: Decorator) -> Decorator:
 
 
 _RESIDENT = (
-    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; int6 "
-    "and int5 have a scale for each 32 weights; mixed has 4 bits where they cost little, else "
-    "int8; nf4 is a little smaller and far less exact."
+    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; int6, "
+    "int5 and mixed have 6, 5 and 4 bits where they cost little, else int8; nf4 is smaller and far "
+    "less exact."
 )
 RESIDENT = choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT)
 _CODEC = (

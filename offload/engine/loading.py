@@ -1,6 +1,6 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,14 +33,14 @@ from slotmoe.offload.machine import available_memory, cache_folder, process_byte
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan
-from slotmoe.offload.plan.precision import precision_of
+from slotmoe.offload.plan.precision import kernels_for, precision_of
 from slotmoe.offload.plan.speed import MODES, Setting, Split, stored_bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
-from slotmoe.quant.codecs.codec import TRITON_KINDS, Codec, manifest_codecs
+from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import Weight
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
@@ -329,7 +329,8 @@ class _Loader:
         options, device = self._options, self._device
         copies = [Path(folder) for folder in options.experts_dirs]
         export = opened.enter_context(Export.open(self._folder, copies))
-        self._kernels = self._kernels_for(manifest_codecs(export.manifest))
+        codecs, is_gpu = manifest_codecs(export.manifest), device.tier == "vram"
+        self._kernels = kernels_for(options.kernels, is_gpu, codecs)
         tokenizer = self._configure(export.small_file)
         config, backend = self._with_layers(export), self._backend
         self._config, resident = config, export.manifest["quantization"]["resident"]
@@ -360,16 +361,6 @@ class _Loader:
         ]
         parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}
         return network, {**parts, "store": store, "head": head}
-
-    def _kernels_for(self, codecs: Mapping[str, Codec]) -> str:
-        """As asked, but torch's operations on a GPU whose kernels lack some of ``codecs``.  Raises
-        ``ConfigError``."""
-        lacking = [name for name, codec in codecs.items() if codec.kind not in TRITON_KINDS]
-        if lacking and self._options.kernels == "triton":
-            problem = f"kernels triton: multiply no {' and '.join(lacking)}"
-            raise ConfigError(f"{problem}, in which {self._folder} is coded; use kernels torch")
-        is_gpu = self._device.tier == "vram" and self._options.kernels == "auto"
-        return "torch" if lacking and is_gpu else self._options.kernels
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""

@@ -1,6 +1,7 @@
 """How weights are coded unless said, what multiplies them, and what codes were measured to lose."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,13 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.offload.plan.memory import sizes_of
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KEPT_CODECS, TRITON_KINDS, ExpertCodecs
+from slotmoe.quant.codecs.codec import (
+    DEFAULT_CODECS,
+    KEPT_CODECS,
+    TRITON_KINDS,
+    Codec,
+    ExpertCodecs,
+)
 from slotmoe.quant.shapes import RESIDENT_MODES
 
 MOST_INT8 = 4 << 30  # bytes of resident weights; beyond, 4 bits leave much more to the experts
@@ -34,6 +41,15 @@ def gpu_kernels(resident: str, codecs: ExpertCodecs) -> str:
     """What multiplies on a GPU: torch where Triton's kernels lack a code."""
     has_all = {codec.kind for codec in codecs} <= TRITON_KINDS
     return "triton" if has_all and resident not in ("int6", "int5") else "torch"
+
+
+def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
+    """As asked, but torch's on a GPU whose kernels lack a codec.  Raises ``ConfigError``."""
+    lacking = [name for name, codec in codecs.items() if codec.kind not in TRITON_KINDS]
+    if lacking and asked == "triton":
+        problem = f"kernels triton: multiply no {' and '.join(lacking)}"
+        raise ConfigError(f"{problem}, in which the export is coded; use kernels torch")
+    return "torch" if lacking and is_gpu and asked == "auto" else asked
 
 
 BY_TORCH = (
