@@ -33,16 +33,8 @@ _SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
 _WEIGHTS = "attention,dense layers,embeddings,residual streams,router,shared experts"
 _TOGETHER = dict.fromkeys(_SCRATCH, "runtime and scratch")
 _TOGETHER |= dict.fromkeys(_WEIGHTS.split(","), "resident weights")
+_PROMPT = Path(__file__).with_name("prompt.txt")
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
-DEFAULT_PROMPT = (
-    "The harbour master kept three ledgers. In the first he wrote the ships that lay at the quay, "
-    "in the second those that were expected before the tide turned, and in the third all the "
-    "others, which were somewhere at sea. There was never room for every ship at once, so each "
-    "morning he asked himself the same question: which of them would be wanted next? If he guessed "
-    "well, the cranes stood ready when the bell rang. If he guessed badly, forty men sat on their "
-    "crates and waited, and he wrote down for how long, because what is not written down is argued "
-    "about afterwards."
-)
 
 
 def run(model: str, prompt: str | None, quiet: bool, given: Json) -> tuple[Json, Stopping]:
@@ -77,7 +69,7 @@ def _observed(
         if warm:
             with byte_bars("Filling expert slots", quiet=quiet) as (progress,):
                 runtime.warm(progress)
-        text = DEFAULT_PROMPT if prompt is None else options.prompt_text(prompt)
+        text = options.prompt_text(prompt, _PROMPT if prompt is None else None)
         if trace is not None:
             runtime.trace(trace)
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -37,13 +38,13 @@ _SUMMARIZE = (
     "summary: what is wanted, what was done and found, what is left. Write the summary alone."
 )
 _USER: Json = {"type": "message", "role": "user", "status": "completed"}
-# What a response says of its request, and what it says where the request says nothing.
-_NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
 _OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
-_ECHOED: Json = dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user", *_OWN))
-_ECHOED |= {"metadata": {}, "parallel_tool_calls": True, "store": False, "tool_choice": "auto"}
-_ECHOED |= {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
-_ECHOED |= {"top_logprobs": 0, "truncation": "disabled"}
+_INPUT = "custom_tool_call_input"
+# What a response has at first; what it says of its request, where that says nothing; by a delta's
+# kind, how its item's id begins, how events call its text, what it has at first, and the part of it
+# that holds the text, if one does.
+_KNOWN: Json = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+_ECHOED: Json = _KNOWN["echoed"]
 
 
 class Item(requests.Fields):
@@ -284,15 +285,11 @@ class Draft:
         self._coming: list[Token] = []  # whose text is still to come
         self._output: list[Json] = []
         self.response: Json = {
-            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response"},
-            **{"model": answers.service.name},
-            **{"created_at": int(time.time()), "completed_at": None, "status": "in_progress"},
-            **{"background": False, "error": None, "incomplete_details": None},
-            **_ECHOED,
+            **{"id": f"resp_{uuid.uuid4().hex}", "created_at": int(time.time())},
+            **{"model": answers.service.name, **_KNOWN["begun"], **_ECHOED},
             **{name: getattr(answers.service.sampling, name) for name in _OWN},
             **given,
-            **{"tools": [tool.model_dump() for tool in body.offered]},
-            **{"output": self._output, "usage": None},
+            **{"tools": [tool.model_dump() for tool in body.offered], "output": self._output},
         }
 
     def event(self, kind: str, **content: object) -> str:
@@ -327,9 +324,10 @@ class Draft:
     def _open(self, delta: ContentDelta) -> Iterator[str]:
         self._kind, number = delta.kind, uuid.uuid4().hex
         tool = self._tools.get(delta.name or "")
-        made = "custom" if tool is not None and tool.type == "custom" else delta.kind
-        kind, prefix, self._name, begun, self._part = _ITEMS[made]
-        item: Json = {"id": f"{prefix}_{number}", "type": kind, "status": "in_progress", **begun}
+        kind = "custom" if tool is not None and tool.type == "custom" else delta.kind
+        about = _KNOWN["items"][kind]
+        self._name, self._part = about["event"], about["part"]
+        item = {"id": f"{about['id']}_{number}", "status": "in_progress", **about["begun"]}
         if delta.name is not None:
             item |= {"call_id": f"call_{number}", "name": tool.name if tool else delta.name}
         if tool is not None and tool.namespace is not None:
@@ -375,19 +373,6 @@ class Draft:
             yield self.event("content_part.done", **self._where, part=part)
         item["status"], self._kind = status, ""
         yield self.event("output_item.done", output_index=len(self._output) - 1, item=item)
-
-
-# By a delta's kind: the type of its item, how its id begins, the name of its text in events, what
-# the item has at first, and the part of it that holds the text.
-_TEXT = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-_THOUGHT = {"type": "reasoning_text", "text": ""}
-_INPUT = "custom_tool_call_input"
-_ITEMS: dict[str, tuple[str, str, str, Json, Json]] = {
-    "text": ("message", "msg", "output_text", {"role": "assistant", "content": []}, _TEXT),
-    "reasoning": ("reasoning", "rs", "reasoning_text", {"summary": [], "content": []}, _THOUGHT),
-    "call": ("function_call", "fc", "function_call_arguments", {"arguments": ""}, {}),
-    "custom": ("custom_tool_call", "ctc", _INPUT, {"input": ""}, {}),
-}
 
 
 def _usage(answers: Answers) -> Json:
