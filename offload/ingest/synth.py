@@ -183,10 +183,13 @@ class _Random:
         if SCALES[codec.scales].dtype == "F8_E8M0":
             sizes = real.float().view(-1, 1, TILE) * size
             return sizes.repeat(1, scales[1], 2).to(torch.float8_e8m0fnu)
-        of_rows = (real.float() * (size / 127)).view(torch.uint8).view(scales[0], -1, 2 * TILE)
-        blocks = self._signed((scales[0], 2 * (scales[1] - of_rows.shape[1]), TILE), 127)
+        most = 7 if codec.scales == "i4" else 127
+        of_rows = (real.float() * (size / most)).view(torch.uint8).view(scales[0], -1, scales[2])
+        blocks = self._signed((scales[0], 2 * (scales[1] - of_rows.shape[1]), TILE), most)
         of_blocks = (blocks * real.view(-1, 1, TILE)).to(torch.int8).view(torch.uint8)
-        return torch.cat([of_rows, of_blocks.view(scales[0], -1, 2 * TILE)], dim=1)
+        if codec.scales == "i4":
+            of_blocks = of_blocks[:, ::2] & 15 | of_blocks[:, 1::2] << 4
+        return torch.cat([of_rows, of_blocks.view(scales[0], -1, scales[2])], dim=1)
 
     def _signed(self, shape: tuple[int, ...], size: float) -> Tensor:
         """``size`` with random signs."""
@@ -201,8 +204,8 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _pad(codec: Codec, codes: Tensor, rows: int, K: int) -> Tensor:
-    """The code of zero, if a codec has one, in what is padding in the tiles of [rows, K]."""
-    if 0 not in codec.levels or (rows % TILE == 0 and K % BLOCK == 0):
+    """The code of zero, if 4 bits have one, in what is padding in the tiles of [rows, K]."""
+    if codec.bits != 4 or 0 not in codec.levels or (rows % TILE == 0 and K % BLOCK == 0):
         return codes
     real = torch.full((rows, K), 15, dtype=torch.uint8)
     real = F.pad(real, (0, -K % BLOCK, 0, -rows % TILE))

@@ -53,7 +53,7 @@ def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
 
 
 BY_TORCH = (
-    "Triton's kernels lack these codes: a GPU multiplies by torch's operations, slower than said"
+    "Triton's kernels lack these codes: torch's operations multiply on CUDA, slower than said"
 )
 
 

@@ -15,6 +15,7 @@ from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, checksum, layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.codes import SUFFIXES, values
@@ -168,3 +169,16 @@ def test_a_gpu_multiplies_by_torch_what_its_kernels_lack(exports, monkeypatch):
     assert asked == ["torch"]
     with pytest.raises(ConfigError, match="kernels triton: multiply no int5 and lut2"):
         Runtime.open(path, kernels="triton")
+
+
+def test_random_weights_have_their_size_in_two_to_six_bits(exports, slotmoe, tmp_path):
+    made = tmp_path / "made"
+    options = "--bits", "2.5", "--resident", "int6"
+    assert slotmoe("synth", exports.source / "config.json", made, *options)[0] == 0
+    with Export.open(made) as export:
+        weights = [*export.expert(2, 3).values()]
+        weights += map(
+            dequantize, map(export.resident, export.manifest["quantization"]["resident_codecs"])
+        )
+    for weight in weights:
+        assert 0.4 < weight.std() * weight.shape[1] ** 0.5 < 0.65
