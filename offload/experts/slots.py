@@ -247,7 +247,9 @@ class Slots:
         reads, new = [read for slot, read in coming if slot.state is READING], list[Read]()
         room = self.room()
         # A demand's copy waits for the one that is under way, so it is never more than one.
-        most = 1 if self._device.queues else max(LENT, _FILL_BYTES // self.record_bytes)
+        most = max(LENT, _FILL_BYTES // self.record_bytes)
+        if self._device.tier == "vram":  # nor are there so many read buffers below
+            most = 1 if self._device.queues else LENT
         while room and len(reads) < most and (expert_id := self.store.to_fill()) is not None:
             slot = self._begin(expert_id, FILL, new)
             assert slot.read is not None

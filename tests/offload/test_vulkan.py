@@ -63,6 +63,7 @@ def test_the_sample_is_as_the_reference_says(sample_export, count):
     found = []
     for device, kernels in (("cpu", "torch"), ("vulkan", "auto")):
         with opened(sample_export, device, kernels=kernels, context=128) as runtime:
+            runtime.warm()
             found.append((runtime.logits(IDS[:count]), texts(runtime, ["Call me"], count)))
     assert close(found[1][0], found[0][0])
     assert found[1][1] == found[0][1]
