@@ -40,11 +40,11 @@ PREFILL_LAUNCHES = 40
 GPU_LAUNCH_SECONDS, PYTHON_LAUNCH_SECONDS = 1.5e-6, 8e-6  # each of them: assumed
 GPU_MISS_SECONDS = 5e-5  # from a layer's choice to its first copy, 0.02 ms of it for the driver
 # All that the host does in a layer with misses, most of it while records are copied, and until the
-# CPU's first product: V2's sizes beside a driver that does nothing, a loaded core of an EPYC, 0.72
-# and 1.05 ms, less what native passes over the policy's memory save.
-HOST_SECONDS = {"fetch": 4.4e-4, "cpu": 7e-4, "hybrid": 7.6e-4}
-CPU_START_SECONDS = 1e-4
-SAMPLE_SECONDS = 1.2e-9  # a logit: 0.15 ms for 129,280 with temperature and top-p, one core
+# CPU's first product: 160 experts a layer beside a driver that does nothing, a core of Sapphire
+# Rapids of which others took half; the least of many runs.
+HOST_SECONDS = {"fetch": 4.8e-4, "cpu": 4.4e-4, "hybrid": 6.4e-4}
+CPU_START_SECONDS = {"cpu": 1e-4, "hybrid": 1.5e-4}
+SAMPLE_SECONDS = 8e-10  # a logit: 0.1 ms for 129,280 with temperature and top-p, one core
 TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
@@ -298,7 +298,7 @@ class Setting:
         computed = 0 if self.misses == "fetch" else self.split.for_cpu(1, each, missing)
         link = rates.pcie_busy if computed else rates.pcie
         experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
-        on_cpu = CPU_START_SECONDS + computed * record / experts if computed else 0.0
+        on_cpu = CPU_START_SECONDS[self.misses] + computed * record / experts if computed else 0.0
         read = missing * record / rates.share / rates.ram
         return max((missing - computed) * record / link, on_cpu, read)
 

@@ -317,8 +317,8 @@ PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of
     ("v4-flash", 64 << 10, {"sequences": 3}, {"prefetch": False}, 14.445, 1.2703),
     ("sample", 40, {"slots": 40, "drafts": True}, {}, 21181, 119.1),
     ("glm-5", 22 << 10, GPU | {"host_budget": 64 * GIB}, {}, 3.7322, 0.28852),
-    ("v2", 22 << 10, GPU, {"misses": "hybrid"}, 131.90, 8.2311),
-    ("v2", 16 << 10, GPU | {"context": 8192}, {"misses": "cpu"}, 192.56, 4.2757),
+    ("v2", 22 << 10, GPU, {"misses": "hybrid"}, 131.90, 8.1443),
+    ("v2", 16 << 10, GPU | {"context": 8192}, {"misses": "cpu"}, 192.56, 4.2764),
 ]
 
 
