@@ -52,11 +52,16 @@ TESTS = [path for folder in ("tests", "campaigns") for path in (ROOT / folder).r
 
 
 @functools.cache
+def nodes(path):
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
+@functools.cache
 def imported(path):
     """Every module that a file's import statements name, wherever they stand; of ``from package
     import name`` the module ``package.name`` where there is one."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -114,7 +119,7 @@ def test_files_and_functions_are_short():
     for path in FILES:
         if (lines := path.read_text().count("\n")) > MAX_FILE_LINES:
             long.append(f"{path.relative_to(ROOT)}: {lines} lines")
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:

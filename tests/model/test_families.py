@@ -70,7 +70,7 @@ def test_reference_path_equals_transformers(name, tmp_path):
 # More heads, so that no token has all of their products negative, and a tie for it.
 SEEDS = {"v4": 0, "v4-odd": 0, "v3.2-sparse-yarn": 3, "glm-5-shared": 3}
 OVER_CHUNKS = 300, [[64, 1, 127, 63, 1, 44], [256, 1, 43]]  # of 64, and over a mark
-LONG = 389, [[1] * 20 + [220, 3, *[1] * 146], [127, 1, 16, 17, 100, 128]]
+LONG = 389, [[1] * 20 + [220, 3, *[1] * 20, 110, *[1] * 16], [127, 1, 16, 17, 100, 128]]
 SHORT = 70, [[6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]]
 
 

@@ -4,11 +4,8 @@ clear refusal."""
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +14,7 @@ from slotmoe.offload.ingest.cached import quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
 from tests.support.disk import Stop, stop_at, tree
+from tests.support.forkserver import Forked
 from tests.support.hub import (
     HUB,
     NAME,
@@ -26,17 +24,21 @@ from tests.support.hub import (
     data_of,
     faulty,
     fill_cache,
-    make,
     too_many,
     wrong_bytes,
 )
+from tests.support.slab import NF4S
 from tests.support.tiny import write_checkpoint
 
-ROOT = Path(__file__).parents[2]
 FIRST, SECOND, *_, LAST = FILES = [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
 INDEX = "model.safetensors.index.json"
 SIZES = {"n_routed_experts": 16, "moe_intermediate_size": 256}
 SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", INDEX]
+
+
+def make(destination, revision="main", **options):
+    """By codes that are made at once."""
+    return quantize_from_hub(NAME, revision, destination, codecs=NF4S, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def wanted(source, network, tmp_path_factory):
     HUB.reset()
     HUB.add(NAME, Repo(source))
     make(folder / "export")
-    quantize(source, folder / "local")
+    quantize(source, folder / "local", codecs=NF4S)
     made, local = tree(folder / "export"), tree(folder / "local")
     assert made | {MANIFEST: b""} == local | {MANIFEST: b""}
     return made
@@ -166,12 +168,10 @@ def test_a_revision_that_moved_on_is_of_the_same_weights_or_is_refused(served, s
     assert tree(tmp_path) == made
 
 
-# Runs in a process of its own: imports once, then forks a child for every attempt, which kills
-# itself at the first report of progress that finds such a file.
+# Forks a child for every attempt, which kills itself at the first progress that finds such a file.
 KILLER = """
 import json, os, signal, sys
 from pathlib import Path
-import huggingface_hub, torch
 from slotmoe.offload.ingest.cached import quantize_from_hub
 from tests.support.disk import forked
 work = Path(sys.argv[1])
@@ -190,9 +190,9 @@ print(json.dumps([killed, attempt("nothing")]))
 def test_killed_it_resumes(served, wanted, tmp_path, processes):
     """At most one file comes again for each kill."""
     destination = tmp_path / "work" / "export"
-    command = [sys.executable, "-c", KILLER, destination, "*.incomplete", "layer-*"]
     (tmp_path / "work").mkdir()
-    killed, status = json.loads(subprocess.check_output(command, cwd=ROOT))
+    with Forked(destination, "*.incomplete", "layer-*", program=KILLER) as child:
+        killed, status = json.loads(child.communicate()[0])
     assert (status, tree(destination)) == (0, wanted)
     assert all(killed)
     assert len(served.whole()) <= len(FILES) + len(killed)

@@ -124,8 +124,7 @@ KERNELS = {
     "reference": plain_row,
 }
 NAMES = ("v2", "v3.2", "glm-5", "v4-flash", "v4-pro", "qwen3-30b-a3b", "gpt-oss-20b")
-NAMES += ("kimi-linear-48b-a3b",)
-NAMES += ("qwen3-next-80b-a3b", "qwen3.6-35b-a3b")
+NAMES += ("qwen3-next-80b-a3b", "qwen3.6-35b-a3b", "kimi-linear-48b-a3b")
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,10 +19,9 @@ from slotmoe.offload.ingest.output_dir import locked
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.export.layout import MANIFEST
 from tests.support.disk import Stop, stop_at, tree
+from tests.support.forkserver import Forked
 from tests.support.hostile import flip
 from tests.support.tiny import write_checkpoint
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +51,23 @@ def stopped(source, destination, share=0.9, **options):
 
 
 HELD = """
-import signal, sys, time
+import time
 import slotmoe.offload.ingest.quantize as module
 from slotmoe.__main__ import main
 def held(path, values):
     print("held", flush=True)
     time.sleep(600)
 module.write_json = held
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv.insert(1, "quantize")
 main()
 """
 
 
 def test_interrupted_command_resumes(source, wanted, tmp_path, processes):
     """By Ctrl-C before it writes the manifest."""
-    command = [sys.executable, "-c", HELD, source, tmp_path / "export"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as child:
-        assert child.stdout.readline() == "held\n"
+    with Forked("quantize", source, tmp_path / "export", program=HELD) as child:
+        assert child.stdout.readline() == b"held\n"
         child.send_signal(signal.SIGINT)
-        message = child.communicate()[1]
+        message = child.communicate()[1].decode()
     assert child.returncode == 130 and "Traceback" not in message
     assert "run the same command again to resume" in message
     assert str(tmp_path / "export") in message

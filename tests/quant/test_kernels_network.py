@@ -23,14 +23,14 @@ GROUPED = "qwen3", "qwen3-yarn-biases-one-group", "glm4", "minimax-odd", "dots",
 GROUPED += "dots-window-of-one", "hunyuan-biases", "gpt-oss-plain-rope"
 CASES = {  # with the tokens that are fed
     **{
-        name: (config_of(of, **own), 40)
+        name: (config_of(of, **own), 24)
         for name, (of, own) in GROUPED_CASES.items()
         if name in GROUPED
     },
-    **{name: (config_of(of, **own), 60) for name, (of, own) in DELTA_CASES.items()},
-    **{f"v2, {name}": (config_of(V2, **V2_CASES[name]), 40) for name in V2_CASES},
-    "v3.2": (config_of(V32, **INDEXED), 60),
-    "glm-5, indexers of some layers": (config_of(DSA, **SHARED), 60),
+    **{name: (config_of(of, **own), 30) for name, (of, own) in DELTA_CASES.items()},
+    **{f"v2, {name}": (config_of(V2, **V2_CASES[name]), 24) for name in V2_CASES},
+    "v3.2": (config_of(V32, **INDEXED), 40),
+    "glm-5, indexers of some layers": (config_of(DSA, **SHARED), 40),
     "v4": (v4.config_of("v4", **WHOLE), 300),
     "v4, odd sizes": (v4.config_of("v4-odd", **WHOLE), 40),
     "v4, other layers": (v4.config_of("v4-pro", **WHOLE, **SOME), 140),

@@ -178,12 +178,16 @@ KEYS = ",".join(f'"a{i}":1' for i in range(MAX_KEYS - 20))
 HEAD = '{"model":"sample","max_tokens":3,'
 CONTENT = HEAD + '"messages":[{"role":"user","content":['
 HALF = MAX_VALUES // 2 - 50
-LARGE = {
-    "parts": filled(CONTENT, "{}", "]}]}"),
-    "good messages": filled(HEAD + '"messages":[', '{"role":"user","content":""}', "]}", 32_000),
-    "tools": filled(HEAD + '"messages":[],"tools":[', "{}", "]}", HALF),
-    "unknown fields": (HEAD + KEYS + "}").encode(),
-    "text": (HEAD + '"messages":[{"role":"user","content":"' + "word " * 838_000 + '"}]}').encode(),
+WORDS = HEAD + '"messages":[{"role":"user","content":"' + "word " * 838_000 + '"}]}'
+LARGE = {  # with the routes that read such
+    "parts": (filled(CONTENT, "{}", "]}]}"), (CHAT, MESSAGES)),
+    "good messages": (
+        filled(HEAD + '"messages":[', '{"role":"user","content":""}', "]}", 32_000),
+        (CHAT, MESSAGES),
+    ),
+    "tools": (filled(HEAD + '"messages":[],"tools":[', "{}", "]}", HALF), (MESSAGES, RESPONSES)),
+    "unknown fields": ((HEAD + KEYS + "}").encode(), (TEXT, RESPONSES)),
+    "text": (WORDS.encode(), (CHAT, TEXT)),
 }
 
 
@@ -204,8 +208,9 @@ def test_largest_requests_cost_little(roomy, shape, monkeypatch):
 
     monkeypatch.setattr(serve_errors, "_invalid", counted)
     tracemalloc.start()
-    for path in (CHAT, TEXT, MESSAGES, RESPONSES):
-        assert roomy.ask("POST", path, LARGE[shape])[0] in (400, 413)
+    body, paths = LARGE[shape]
+    for path in paths:
+        assert roomy.ask("POST", path, body)[0] in (400, 413)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert max(counts) < 8 and peak < 128 << 20
