@@ -16,8 +16,7 @@ from campaigns.runner import Attack
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
-from tests.support.blocks import per_token
-from tests.support.disk import die_at_change, digests, forked, memory
+from tests.support.disk import die_at_change, digests, forked, memory, per_token
 from tests.support.tiny import SMALL, write_checkpoint
 
 

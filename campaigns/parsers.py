@@ -44,7 +44,7 @@ from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.guard import check
 from slotmoe.tools.serve.requests import Rule
 from tests.support import apis
-from tests.support.blocks import per_token
+from tests.support.disk import per_token
 from tests.support.gguf import write_gguf
 from tests.support.served import ANTHROPIC_TOOL, TOOLS, USER
 

@@ -21,8 +21,7 @@ from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
-from tests.support.blocks import per_token
-from tests.support.disk import digests, forked, memory
+from tests.support.disk import digests, forked, memory, per_token
 from tests.support.tiny import SMALL, write_checkpoint
 
 HANGS = 60  # seconds

@@ -174,13 +174,15 @@ import json, os, signal, sys
 from pathlib import Path
 from slotmoe.offload.ingest.cached import quantize_from_hub
 from tests.support.disk import forked
+from tests.support.slab import NF4S
 work = Path(sys.argv[1])
 def attempt(file):
     def run():
         def look(_done, _total):
             if any(work.parent.rglob(file)):
                 os.kill(os.getpid(), signal.SIGKILL)
-        quantize_from_hub("org/tiny", "main", work, workers=2, progress=look, arriving=look)
+        options = {"workers": 2, "codecs": NF4S, "progress": look, "arriving": look}
+        quantize_from_hub("org/tiny", "main", work, **options)
     return forked(run)
 killed = [os.WIFSIGNALED(attempt(file)) for file in sys.argv[2:]]
 print(json.dumps([killed, attempt("nothing")]))

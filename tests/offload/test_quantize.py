@@ -1,11 +1,13 @@
 """Quantize: killed, interrupted, out of disk, twice at once; whatever happens, the same bytes or a
-clear refusal."""
+clear refusal.  The memory that it takes."""
 
 import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +23,7 @@ from slotmoe.quant.export.layout import MANIFEST
 from tests.support.disk import Stop, stop_at, tree
 from tests.support.forkserver import Forked
 from tests.support.hostile import flip
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import SAMPLE, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +247,26 @@ def test_other_weights_of_the_same_shapes_are_neither_taken_for_these_nor_mixed_
     path, match = ours / "model-00002-of-00003.safetensors", "model-00002.*new.partial is of"
     with pytest.raises(ExportError, match=match):  # it changes while it is read
         quantize(ours, tmp_path / "new", progress=lambda *_: change(path))
+
+
+_PEAK = """
+import pathlib, sys
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.system import peak_rss
+quantize(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), workers=2)
+print(peak_rss() / 2**20)
+"""
+
+
+@pytest.mark.usefixtures("nightly", "processes")
+def test_quantize_streams_experts_of_v2_lites_size(tmp_path):
+    config = json.loads((SAMPLE.parent / "geometries" / "v2-lite.json").read_text())
+    peaks = []
+    for layers in (2, 5):
+        source, export = tmp_path / f"source-{layers}", tmp_path / f"export-{layers}"
+        changes = {"num_hidden_layers": layers, "n_routed_experts": 16}
+        write_checkpoint(source, shards=layers, **{**config, **changes})
+        command = [sys.executable, "-c", _PEAK, source, export]
+        peaks.append(float(subprocess.check_output(command)))
+    assert max(peaks) <= 1024
+    assert peaks[1] <= peaks[0] * 1.1, peaks

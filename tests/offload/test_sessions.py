@@ -21,7 +21,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, remove
 from slotmoe.system import take_lock
-from tests.support.blocks import per_token
+from tests.support.disk import per_token
 from tests.support.engine import decode
 from tests.support.hostile import flip
 from tests.support.tiny import SAMPLE

@@ -107,3 +107,8 @@ def forked(action, after=None):
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
+
+
+def per_token(nbytes):
+    """The size of blocks that hold so many bytes of each token."""
+    return lambda block: nbytes * len(block.tokens)

@@ -1,17 +1,26 @@
 """The command line: exit codes, one clear line of complaint before any work, what goes to stdout
-and what to stderr, a user's own defaults, and what help shows."""
+and what to stderr, a user's own defaults, and what help shows; ``doctor``, within a screen; the
+benchmarks of ``python -m bench``, which run here, and whose reports add up."""
 
+import contextlib
 import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from bench.__main__ import bench
+from bench.replay import read_trace
+from slotmoe.errors import ConfigError
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.tools import doctor
+from slotmoe.tools.cli import main
 from tests.support.forkserver import ROOT
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -229,3 +238,103 @@ def test_what_a_shell_completes(slotmoe, tmp_path, monkeypatch):
         code, out, err = slotmoe()
         assert (code, err) == (0, "")
         assert sorted(line.partition(",")[2] for line in out.splitlines()) == offered, words
+
+
+# What doctor finds on this machine and on others
+
+
+@pytest.fixture
+def report(processes, slotmoe):
+    """Of ``slotmoe doctor``: exit code, and the checks by name."""
+
+    def run(*arguments):
+        code, out, _ = slotmoe("doctor", "--json", *arguments)
+        report = json.loads(out)
+        assert report["ok"] == (code == 0)
+        return code, {check["name"]: check for check in report["checks"]}
+
+    return run
+
+
+def test_this_machine(report, slotmoe, monkeypatch):
+    code, checks = report()
+    first, rest = "system processor kernels compiler GPU Vulkan RAM pages", "serve chat plots gguf"
+    assert " ".join(checks) == f"{first} {rest} cache disk"
+    assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
+    assert metadata.version("torch") in checks["GPU"]["found"]
+    assert len(slotmoe("doctor")[1].splitlines()) < 24  # a screen
+
+
+def test_missing_kernels(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.machine.quant, "__file__", str(tmp_path / "__init__.py"))
+    code, checks = report()
+    assert (code, checks["kernels"]["state"]) == (1, "bad")
+    assert "up to 200 times slower" in checks["kernels"]["found"]
+    assert checks["kernels"]["advice"].startswith("install slotmoe again")
+
+
+def test_cache_and_disk(report, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "file" / "folder"))
+    code, checks = report()
+    assert (code, checks["cache"]["state"]) == (1, "bad")
+    assert checks["cache"]["found"].endswith(f"{tmp_path / 'file'} is no folder")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("SLOTMOE_CACHE", str(cache / "not" / "yet"))
+    assert "slotmoe bench measures its speed" in report()[1]["disk"]["found"]
+    assert list(cache.iterdir()) == []
+
+
+# ``python -m bench``
+
+
+def benchmark(*arguments):
+    """The JSON object of a benchmark's last line."""
+    native = bindings.load()
+    before = native and native.threads
+    printed = io.StringIO()
+    try:
+        with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(printed):
+            main([str(argument) for argument in arguments], group=bench)
+    finally:
+        if native:
+            native.set_threads(before)
+    assert not ended.value.code
+    return json.loads(printed.getvalue().splitlines()[-1])
+
+
+def by(key, report):
+    return {row[key]: row for row in report["results"]}
+
+
+BENCHMARKS = {
+    "depth": ("after 60", "--depth", 60, "--against", 10, "--decode-tokens", 3),
+    "engine": ("with the engine", "--slots", 60, "--decode-tokens", 3),
+    "drafts": ("without drafts", "TEXT", "--prompt-tokens", 40, "--decode-tokens", 20),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_ways_are_compared(name, sample_export, tmp_path):
+    """Medians lie in their ranges."""
+    (tmp_path / "text").write_text("the same words, " * 40)
+    against, *options = BENCHMARKS[name]
+    options = [tmp_path / "text" if word == "TEXT" else word for word in options]
+    rows = by("way", benchmark(name, sample_export, *options, "--repetitions", 1))
+    assert rows[against]["ratios"] == [1.0, 1.0]
+    for row in rows.values():
+        assert 0 < row["range"][0] <= row["range"][1] and row["ratio"] > 0
+
+
+def test_replay(slotmoe, sample_export, tmp_path):
+    trace = tmp_path / "trace"
+    assert slotmoe("run", sample_export, "Hello", "-n", 8, "--trace", trace)[0] == 0
+    report = benchmark("replay", trace, trace, "--slots", 50, "--slots", 224, "--policy", "lru")
+    rows = {(row["policy"], row["slots"]): row for row in report["results"]}
+    assert report["experts"] == 7 * 32 == 224
+    assert 0 < rows["lru", 50]["hit_rate"] < rows["optimum", 50]["hit_rate"] < 1
+    assert rows["lru", 224]["of_optimum"] == rows["optimum", 50]["of_optimum"] == 1
+    trace.write_bytes(trace.read_bytes()[:-3])
+    with pytest.raises(ConfigError, match="is cut off"):
+        read_trace(trace)
