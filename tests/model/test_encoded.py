@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name, spelled
+from slotmoe.quant.codecs.encode import quantize_nf4
 from tests.support.encoded import (
     FP4,
     FP8,
@@ -20,6 +21,7 @@ from tests.support.encoded import (
     write_files,
 )
 from tests.support.families import MINIMAX, QWEN3, write_family
+from tests.support.oracle import untile
 from tests.support.tiny import write_checkpoint
 
 # Blocks are cut off at the end of rows and of columns; ranks are no multiple of a block.
@@ -65,12 +67,18 @@ def test_fp8_weights_are_code_times_scale(tmp_path, write, settings, block, coun
     [("nf4", False, torch.bfloat16), ("fp4", True, torch.float16)],
 )
 def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_type, nested, dtype):
-    _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
+    """And NF4's codes are those that ours gets."""
+    plain = load_file(written(tmp_path, **WHOLE_BLOCKS) / "model.safetensors")
+    stored, wanted = bitsandbytes(tmp_path, quant_type, nested, dtype)
     with open_checkpoint(tmp_path) as checkpoint:
         assert len(wanted) == COUNT
         for name, weight in wanted.items():
             assert torch.equal(checkpoint.tensor(name), weight), name
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
+            if quant_type == "nf4":
+                pairs = torch.stack([stored[name] >> 4, stored[name] & 15], -1).view(weight.shape)
+                codes, _ = quantize_nf4(plain[name])
+                assert (untile(codes.numpy())[: len(pairs)] == pairs.numpy()).all()
 
 
 @pytest.mark.parametrize(

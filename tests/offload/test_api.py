@@ -1,16 +1,22 @@
 """``Runtime`` as a notebook's user has it: each mistake is a sentence, and a batch, a conversation
-and log-probabilities are what they are one by one."""
+and log-probabilities are what they are one by one;
+what is reused, and memory inside the budget."""
 
 import asyncio
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.runtime import Runtime
+from slotmoe.sizes import parse_size
+from tests.support.engine import IDS, until
 
 USER = {"role": "user", "content": "Call me"}
 CALL = {"type": "function", "function": {"name": "stop", "arguments": {}}}
@@ -31,13 +37,20 @@ OPTIONS = [
     ({"ram": []}, r"ram is \[\], expected a number or text or None"),
     ({"device": 0}, r"device '0' is unknown: auto, cpu, cuda\[:N\]"),
     ({"misses": "gpu"}, "misses 'gpu' is unknown, expected one of: auto, fetch"),
+    ({"slots": 5}, "at least 6"),
+    ({"context": 5000}, "max_position_embeddings"),
+    ({"context": 0}, "max_position_embeddings"),
+    ({"vram": "1GiB", "device": "cpu"}, "--vram"),
+    ({"cache_policy": "magic"}, "lru"),
+    ({"threads": 0}, "threads"),
+    ({"device": "tpu"}, "tpu"),
 ]
 
 
 @pytest.mark.parametrize(("options", "problem"), OPTIONS, ids=str)
-def test_what_is_no_option(options, problem):
-    with pytest.raises(ConfigError, match=problem):
-        Runtime.open(**{"path": "sample", **options})
+def test_what_is_no_option(sample_export, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        Runtime.open(**{"path": sample_export, "context": 256, **options})
 
 
 ASKED = [
@@ -52,15 +65,19 @@ ASKED = [
     ({"top_logprobs": -1}, "top_logprobs is -1, expected 0 to 4096"),
     ({"tools": [{}]}, "tools go with messages"),
     ({"prompt": None, "messages": [{**USER, "more": {1}}]}, "what JSON can't.*Object of type set"),
+    ({"prompt": [5] * 256}, "context"),
+    ({"prompt": [5, 99999]}, "vocabulary"),
+    ({"prompt": []}, "empty"),
 ]
 
 
 @pytest.mark.parametrize(("asked", "problem"), ASKED, ids=str)
 def test_what_is_no_question(runtime, asked, problem):
     """And none of them harms the engine."""
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises(ValueError, match=problem):
         runtime.generate(**{"prompt": "x", **asked})
     assert len(runtime.generate("Call me", 1).read()) > 0
+    assert len(list(runtime.generate([5] * 254, 50))) == 2  # stops where the context ends
 
 
 def test_other_mistakes_are_sentences_too(runtime):
@@ -123,3 +140,72 @@ def test_a_text_ends_before_a_stop_string_also_inside_a_token(runtime):
         return [token.text async for token in runtime.stream("Call me", stop=stop)]
 
     assert "".join(asyncio.run(read())) == expected
+
+
+def test_sizes():
+    sizes = {"8GiB": 8 << 30, "7.5GB": 7_500_000_000, 123: 123, "64 k": 65536}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "8XB", "-1GiB", "GiB", "1e9", "nan", "9" * 40, 0, True):
+        with pytest.raises(PlanError, match="size"):
+            parse_size(text)
+
+
+def test_a_shared_beginning_is_not_fed_again(runtime):
+    """Logits are those of feeding all anew, by what is generated from them."""
+    if runtime.stats()["kernels"] == "torch":
+        pytest.skip("the native kernels were not built")
+
+    def fed():
+        tokens = runtime.stats()["tokens"]
+        return tokens["prefill_tokens"] + tokens["decode_tokens"]
+
+    def feeds(ids, *counts):
+        before = fed()
+        (found,) = runtime.generate(ids, 1)
+        assert fed() - before in counts
+        wanted_V = runtime.logits(ids)[-1, : runtime.tokenizer.size]
+        assert found.id == wanted_V.argmax()
+        assert found.logprob == float(wanted_V.max() - wanted_V.logsumexp(dim=-1))
+
+    answer = [token.id for token in runtime.generate(IDS, 20)]
+    # The next message of a conversation; the answer's last token was never fed.
+    feeds(IDS + answer + [7, 8, 9], 4)
+    feeds(IDS, 1)  # the same prompt again
+    feeds([*IDS[:30], 77, *IDS[31:50]], 20)
+    feeds(IDS, 30)  # what came after position 30 is gone
+    feeds([9, *IDS], 61)
+    tokens = runtime.generate(IDS, 100)
+    answer = [next(tokens).id for _ in range(10)]
+    tokens.close()  # what an interrupted answer fed is kept, perhaps more than was seen of it
+    until(lambda: not runtime.engine.batch.running)
+    feeds(IDS + answer + [7, 8], 2, 3)
+
+
+_PEAK = """
+import json, sys
+from slotmoe.errors import PlanError
+from slotmoe.offload.runtime import Runtime
+from slotmoe.sizes import parse_size
+export, budget = sys.argv[1], 1 << 20
+try:
+    Runtime.open(export, ram=budget, context=1024)
+except PlanError as problem:
+    least = str(problem).split("needs at least ")[1].split(" of ram")[0]
+    budget = parse_size(least) + (3 << 20)
+with Runtime.open(export, ram=budget, context=1024) as runtime:
+    list(runtime.generate([5, 9, 300] * 200, 100))
+    list(runtime.generate([7] * 300, 20))
+    stats = runtime.stats()
+print(json.dumps({"budget": budget, **stats["memory"], **stats["cache"]}))
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_peak_memory_stays_inside_the_budget(sample_export):
+    """Of a process that has the smallest budget that the planner accepts, and room for about half
+    of the experts."""
+    command = [sys.executable, "-c", _PEAK, sample_export]
+    memory = json.loads(subprocess.check_output(command))
+    assert memory["peak_rss"] <= memory["budget"]
+    assert memory["slots"] < 224
+    assert memory["evictions"] > 0

@@ -97,7 +97,9 @@ def test_closing_frees_network_and_slots(sample_export):
         gc.enable()
 
 
-def test_ctrl_c_ends_a_text_within_one_layer(sample_export):
+def held(runtime):
+    """The layers that pass, each of which waits; the events of a layer and of the end of waiting;
+    and what ends the listening."""
     layers, inside, over = [], threading.Event(), threading.Event()
 
     def at_a_layer(route):
@@ -105,8 +107,13 @@ def test_ctrl_c_ends_a_text_within_one_layer(sample_export):
         inside.set()
         assert over.wait(30)
 
+    stop = runtime.engine.call(lambda: runtime.model.experts.on_layer(at_a_layer))
+    return layers, inside, over, stop
+
+
+def test_ctrl_c_ends_a_text_within_one_layer(sample_export):
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
-        stop = runtime.engine.call(lambda: runtime.model.experts.on_layer(at_a_layer))
+        layers, inside, over, stop = held(runtime)
         stream = runtime.generate(IDS, 5)
         assert inside.wait(30)
         timer = press(0.01)
@@ -139,18 +146,11 @@ def test_close_from_another_thread_ends_a_computation(sample_export):
     """And every use after it is refused."""
     runtime = Runtime.open(sample_export, context=256, slots=22)
     tokens, waiting = runtime.generate(IDS[:5], None), runtime.generate(IDS[:7], None)
-    engine, layers, inside, closing = runtime.engine, [], threading.Event(), threading.Event()
-
-    def at_a_layer(route):
-        layers.append(route.moe_layer)
-        inside.set()
-        assert closing.wait(30)
-
-    engine.call(lambda: runtime.model.experts.on_layer(at_a_layer))
+    layers, inside, closing, _ = held(runtime)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(lambda: [*tokens])
         assert inside.wait(30)
-        engine.stop()
+        runtime.engine.stop()
         closing.set()
         runtime.close()
         assert "this Runtime is closed" in str(other.exception(60)) and len(layers) == 1

@@ -16,7 +16,7 @@ IDS = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3))
 # Groups of rows of o_a_proj that fill tiles, so that decode is one native call; odd ones do not.
 REPEATED = IDS[:50] * 4
 CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
-CASES |= {"glm4": {}, "gpt-oss": IN_BLOCKS, "dots-wide-window": {}}
+CASES |= {"v3-groups-yarn": {}, "glm4": {}, "gpt-oss": IN_BLOCKS, "dots-wide-window": {}}
 CASES |= {"next": {}, "qwen3.5-odd": {}, "kimi": {}}
 
 
@@ -74,6 +74,8 @@ def test_same_bits_in_every_way(export, wanted, always_guessing, eager, way):
             assert torch.equal(got, wanted[0][start - 1 : start + 12])
         assert torch.equal(runtime.logits(IDS), wanted[0])
         assert texts(runtime) == wanted[1]
+        if "slots" in way and way.get("prefetch", True):
+            assert runtime.stats()["prefetch"]["layer"]["used"] > 0
         if "draft" in way:
             got = decode(runtime, REPEATED[:120], REPEATED[120:])
             assert torch.equal(got, wanted[2][119:])

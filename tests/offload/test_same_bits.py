@@ -6,14 +6,10 @@ from functools import cache
 import pytest
 import torch
 
-from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import IDS, PROMPT, decode, whole
-from tests.support.params import nth
-from tests.support.v4 import write_case
 
 PROMPTS = [PROMPT, IDS, "The people of the United States have a government. " * 4]
-FAMILIES = ("v3-groups-yarn", "glm-two-dense", "mistral-groups", "v3.2", "glm-5")
 NO_PREFETCH = {"prefetch": False}
 FEW = {"sequences": 3}
 WAYS = [
@@ -73,20 +69,3 @@ def test_sample(sample_export, always_guessing, eager, tmp_path, way):
             again = texts(runtime, *how)
             assert runtime.stats()["sessions"]["restored_tokens"] > 100
             assert again == alone
-
-
-@pytest.mark.parametrize("family", nth(2, FAMILIES))
-def test_families(family, always_guessing, tmp_path):
-    write_case(tmp_path / "source", family, torch.bfloat16)
-    quantize(tmp_path / "source", tmp_path / "export")
-    found = []
-    for options in ({}, {"slots": 6}, {"slots": 9, "prefetch": False}):
-        with Runtime.open(tmp_path / "export", context=64, **options) as runtime:
-            ids = [token.id for token in runtime.generate(IDS[:8], 8)]
-            found.append((runtime.logits(IDS), ids))
-            guesses = runtime.stats().get("prefetch")
-            assert (guesses is not None) == (options == {"slots": 6})
-            assert guesses is None or guesses["layer"]["used"] > 0, guesses
-            whole(runtime)
-    for logits, ids in found[1:]:
-        assert torch.equal(logits, found[0][0]) and ids == found[0][1]

@@ -274,18 +274,6 @@ def test_quantize_nf4(kernels, shape, seed, dtype, scale):
         assert (scales[:n] == want_absmax.astype(np.float16)).all() and (scales[n:] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, at import
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_of_nf4_are_those_of_bitsandbytes(heavy, kernels, dtype):
-    functional = pytest.importorskip("bitsandbytes.functional")
-    w = (torch.randn(64, 256) * 0.02).to(dtype)
-    w[3, :64] = 0
-    w[5] *= 1e-3
-    packed = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")[0].flatten().numpy()
-    theirs = np.stack([packed >> 4, packed & 15], -1).reshape(64, 256)
-    assert (untile(kernels.quantize_nf4(w)[0].numpy()) == theirs).all()
-
-
 @quick
 @given(sizes(20, 200), seeds, one_of(*DTYPES), one_of(1e-44, 1e-30, 1.0, 1e4))
 def test_quantize_int8(kernels, shape, seed, dtype, scale):
