@@ -75,7 +75,7 @@ SHORT = 70, [[6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]]
 
 
 @pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("case", [*SEEDS, *GROUPED_CASES])
+@pytest.mark.parametrize("case", [*SEEDS, *GROUPED_CASES, "v3-groups-yarn"])
 def test_passes_of_any_size_equal_transformers(case, tmp_path):
     """Over more tokens than a window, a compressed row of each kind and ``index_topk``; in passes
     that end before, at and behind windows' ends, and in chunks of such."""

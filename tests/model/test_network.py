@@ -12,16 +12,13 @@ from slotmoe.model.config import config_among
 from slotmoe.offload.engine import loading
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.shapes import SWIGLU, Activation
 from tests.support import plain
-from tests.support.families import V2, V2_CASES, config_of
-from tests.support.native import feed, native_cache, network_of, reference_cache, reference_of
+from tests.support.families import V2_CASES
+from tests.support.native import feed, reference_cache, reference_of
 from tests.support.oracle import relative
 from tests.support.tiny import write_checkpoint
 
-native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
 FP32 = 3.5e-6  # twice the distance of this path, and of transformers, from float64
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
@@ -41,54 +38,12 @@ def test_reference_path_equals_plain_network(name, tmp_path):
         assert relative(runtime.logits(IDS[:12]), plain.logits(tmp_path, IDS[:12])) <= 1e-4
 
 
-@native
-@pytest.mark.parametrize("geometry", ["groups-qlora-yarn", "odd-sizes", "tied"])
-def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(geometry):
-    """Sequences of different lengths, some experts in the slot table, in one pass.  A pass that
-    ends in the middle of its layers is no other."""
-    raw = config_of(V2, **V2_CASES[geometry])
-    network = network_of(raw, "int8", NativeBackend(kernels.load()))
-    network.experts.in_table = range(1, network.config.n_routed_experts)
-    for lengths, counts, passes in (((3, 17, 1, 30), None, 2), ((3, 17, 0), (4, 1, 6), 1)):
-        caches, expected, sizes = [], [], counts or [1] * len(lengths)
-        for length, count in zip(lengths, sizes, strict=True):
-            cache, alone = native_cache(network), native_cache(network)
-            for each in (cache, alone):
-                feed(network, each, IDS, [length]) if length else None
-            caches.append(cache)
-            rows = feed(network, alone, IDS[length:], [1] * count * passes)
-            expected.append(rows.split(count))
-        for at in range(passes):
-            starts = [(n + at * count, count) for n, count in zip(lengths, sizes, strict=True)]
-            ids = [id for start, count in starts for id in IDS[start : start + count]]
-            logits = network.head_each(network.forward(torch.tensor(ids), caches, counts))
-            assert torch.equal(logits, torch.cat([rows[at] for rows in expected]))
-        ends = [n + passes * count for n, count in zip(lengths, sizes, strict=True)]
-        assert [cache.length for cache in caches] == ends
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """A network of the reference path with every feature on, and a function that makes an empty
-    cache for it."""
-    folder = tmp_path_factory.mktemp("reference")
-    write_checkpoint(folder, max_position_embeddings=8192, **V2_CASES["groups-qlora-yarn"])
-    network = reference_of(folder)
-    return network, partial(reference_cache, network.config)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 40, [7, 20, 13], [1, 38, 1]], ids=str)
-def test_decode_and_chunks_equal_one_prefill(reference, sizes):
-    network, cache = reference
-    whole = feed(network, cache(128), IDS, [40])
-    assert relative(feed(network, cache(128), IDS, sizes), whole) <= FP32
-
-
-def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference, monkeypatch):
+def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, tmp_path, monkeypatch):
     """A chunk long enough that expansion is cheaper, over blocks so small that the softmax is
     merged many times."""
-    network, cache = reference
-    ids = (IDS * 6)[:200]
+    write_checkpoint(tmp_path, max_position_embeddings=8192, **V2_CASES["groups-qlora-yarn"])
+    network, ids = reference_of(tmp_path), (IDS * 6)[:200]
+    cache = partial(reference_cache, network.config)
     wanted = feed(network, cache(256), ids, [200])  # in one block
     monkeypatch.setattr("slotmoe.quant.backends.attention._MAX_SCORES", 1)  # blocks of 64 positions
     with patch.object(network.backend, "expand", wraps=network.backend.expand) as expand:

@@ -83,7 +83,7 @@ def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mo
     assert allocations.peak <= planned <= 1.2 * allocations.peak, (allocations.peak, planned)
 
 
-# ``--misses auto`` where nobody has calibrated: the machine is measured once, when a model that will
+# ``--misses auto`` where nobody has calibrated: the machine is measured once, when a model that may
 # miss experts is opened on a GPU.  Rates and clock are given.
 
 RATES = {"pcie": 2e6, "pcie_busy": 1e6, "experts": 2.5e6}

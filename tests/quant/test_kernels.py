@@ -1,6 +1,6 @@
 """What all native kernels share: threads, how the binary is loaded, what is refused; the router.
 
-That ``decode`` gives the bits of its parts is held by tests/model/test_network.py.
+That ``decode`` gives the bits of its parts is held by test_kernels_network.py.
 """
 
 import math
