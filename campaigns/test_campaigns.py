@@ -2,9 +2,10 @@
 
 import json
 import shlex
-import subprocess
 import sys
+from functools import partial
 from importlib import import_module
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -32,16 +33,13 @@ def played(line, before=""):
     """Exit code and reports of a campaign, after the code ``before``."""
     program = f"{before}\nfrom campaigns.__main__ import main\nmain()"
     words = [*shlex.split(line), "--seed", "1"]
-    if words[0] in ("kills", "races"):  # these start nothing anew and watch no import
-        with Forked(*words, program=program) as child:
-            out, err = child.communicate()
-        code = child.returncode
-    else:
-        command = [sys.executable, "-c", program, *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True)
-        out, err, code = done.stdout, done.stderr, done.returncode
+    command = [sys.executable, "-c", program, *words]
+    alone = words[0] not in ("kills", "races")  # these start nothing anew and watch no import
+    start = partial(Popen, command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
+    with start() if alone else Forked(*words, program=program) as child:
+        out, err = child.communicate()
     assert out, err
-    return code, [json.loads(report) for report in out.splitlines()]
+    return child.returncode, [json.loads(report) for report in out.splitlines()]
 
 
 @pytest.mark.usefixtures("processes")

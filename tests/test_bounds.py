@@ -92,7 +92,7 @@ def way_of_a_token(export, slots=None):
         threading.setprofile(None)
     with runtime:
         runtime.warm()
-        tokens = runtime.generate(PROMPT, 24)
+        tokens = runtime.generate(PROMPT, 64)
         next(tokens)
         before = runtime.stats()["tokens"]["decode_tokens"]
         counting.set()

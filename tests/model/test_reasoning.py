@@ -1,8 +1,11 @@
 """Reasoning is taken off the answer however the text arrives."""
 
+import json
+
 import pytest
 
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, reasoning_of, splitter_of
+from tests.support.forkserver import ROOT
 
 MARKS = ReasoningMarks("<think>", "</think>", {})
 HARMONY = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>", "<|call|>")
@@ -17,50 +20,16 @@ def split(text, is_begun, width, marks=MARKS):
     return tuple("".join(column) for column in zip(*parts, strict=True))
 
 
-CASES = [
-    ("<think>\nHm. a < b\n\n</think>\n\nYes.\n", False, ("Hm. a < b", "Yes.\n")),
-    ("\nHm </thin k>\n</think>\n\nYes </think>", True, ("Hm </thin k>", "Yes </think>")),
-    ("Yes <think>no</think>", False, ("", "Yes <think>no</think>")),
-    ("\n <think></think>Yes", False, ("", "Yes")),
-    ("<think>Hm </thi", False, ("Hm </thi", "")),
-    ("still thinking", True, ("still thinking", "")),
-    ("<thi", False, ("", "<thi")),
-    ("  Yes", False, ("", "  Yes")),
-    ("", True, ("", "")),
-]
-
-# Messages of gpt-oss as openai-harmony 0.0.8 takes them apart; calls come in one spelling.
-HM, OK, AGAIN = "analysis<|message|>Hm", "final<|message|>Ok.", "<|end|><|start|>assistant"
-CALLED = '<|channel|>commentary to=functions.go <|constrain|>json<|message|>{"a": 1}'
-MESSAGE_CASES = [
-    (f"<|channel|>{HM}{AGAIN}<|channel|>{OK}<|return|>", False, ("Hm", "Ok.")),
-    (f"<|channel|>{HM} 1 < 2{AGAIN}{CALLED}<|call|>", False, ("Hm 1 < 2", CALLED)),
-    (
-        ' to=functions.go<|channel|>commentary json<|message|>{"a": 1}<|call|>',
-        False, ("", CALLED),
-    ),
-    (
-        f"<|channel|>commentary<|message|>First{AGAIN}{CALLED}",
-        False, ("", f"First{CALLED}"),
-    ),
-    (
-        f"<|channel|>{HM}{AGAIN}<|channel|>analysis to=python code<|message|>1+1<|call|>",
-        False, ("Hm\n\n1+1", ""),
-    ),
-    (f"<|channel|>{OK}{AGAIN}<|channel|>final<|message|>So", False, ("", "Ok.\n\nSo")),
-    ("more</end|><|en", True, ("more</end|><|en", "")),
-    (f"more{AGAIN}<|channel|>{OK}", True, ("more", "Ok.")),
-    ("Ok. a <| b", None, ("", "Ok. a <| b")),
-    ("<|channel|>analysis", False, ("", "")),
-]  # fmt: skip
+# A text, how its prompt began, and what is reasoning and answer; ``messages`` are gpt-oss', as
+# openai-harmony 0.0.8 takes them apart, with calls in one spelling.
+CASES = json.loads((ROOT / "tests" / "data" / "reasoning.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("width", [1, 3, 1000])
 def test_reasoning_is_split_off(width):
-    for text, is_begun, wanted in CASES:
-        assert split(text, is_begun, width) == wanted
-    for text, is_begun, wanted in MESSAGE_CASES:
-        assert split(text, is_begun, width, MESSAGES) == wanted
+    for kind, marks in (("marks", MARKS), ("messages", MESSAGES)):
+        for text, is_begun, wanted in CASES[kind]:
+            assert [*split(text, is_begun, width, marks)] == wanted, text
 
 
 def test_text_comes_at_once():

@@ -27,7 +27,7 @@ from tests.support.v4 import write_case
 MIXED = {"codecs": EXPERT_CODECS["lut", "4"], "resident": "mixed"}
 
 
-def windows(count=12, width=64, seed=0):
+def windows(count=8, width=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 4096, (count, width), generator=generator).tolist()
 

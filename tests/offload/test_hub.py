@@ -316,7 +316,7 @@ UNBEARABLE = [
 @pytest.mark.parametrize(("kind", "act", "error", "message"), UNBEARABLE)
 def test_unbearable_faults(kind, act, error, message, served, wanted, tmp_path, monkeypatch):
     if act == HUB.hold:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
     faulty(served, kind, act)
     with pytest.raises(error, match=message):
         make(tmp_path / "export")

@@ -14,6 +14,7 @@ from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.quant.shapes import MARKS
 from tests.support.engine import decode, failing
 from tests.support.hostile import flip
+from tests.support.params import nth
 from tests.support.v4 import export_of, state_bytes
 
 NAMES = ("v4", "v3.2", "windows", "delta", "kimi")
@@ -115,7 +116,7 @@ def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh):
     assert counted(runtime, lambda: decode(runtime, ids[:260], []))[1] in (256, 259, 249)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", nth(2, range(3)))
 def test_texts_in_any_order(export, fresh, tmp_path, seed):
     """Beginnings of earlier ones, in two sequences and from the disk."""
     chance, texts, said = random.Random(seed), [[]], []

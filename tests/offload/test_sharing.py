@@ -31,7 +31,7 @@ def lengths(*counts):
     return [words(seed, count) for seed, count in enumerate(counts, 1)]
 
 
-LOADS = [lengths(300, 45), lengths(130, 64, 17, 1, 520)]
+LOADS = [lengths(200, 45), lengths(130, 64, 17, 1, 270)]
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +146,10 @@ def test_a_short_prompt_overtakes_a_long_one(runtime, gate):
 
     engine.empty()
     stop = engine.call(lambda: runtime.model.experts.on_layer(arrive))
-    ask(1000)
+    ask(400)
     until(lambda: len(order) == 2)
     engine.call(stop)
-    assert order == [40, 1000]
+    assert order == [40, 400]
 
 
 def test_threads_get_each_the_text_alone(runtime):

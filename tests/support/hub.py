@@ -71,7 +71,7 @@ class Hub:
         self.over = threading.Event()
         self.reset()
         for one in servers:
-            threading.Thread(target=one.serve_forever, args=(0.05,), daemon=True).start()
+            threading.Thread(target=one.serve_forever, args=(60,), daemon=True).start()
 
     def reset(self):
         """Forget repositories, faults and what was asked for."""

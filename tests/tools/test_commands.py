@@ -44,48 +44,7 @@ def run(slotmoe, small_export, checkpoint):
 
 
 # A line that is refused, with exit code 2 and nothing on stdout -> what stderr says.
-REFUSED = {
-    "run nowhere x": "nowhere: no such folder",
-    "run EXPORT": "Missing argument 'PROMPT'",
-    "run EXPORT x --temp 1": "--temp; did you mean --temperature?",
-    "run EXPORT x -ngl 10": "-ngl; did you mean --vram?",
-    "run EXPORT x -c 64": "-c; did you mean --context?",
-    "run EXPORT x -n gl": "not a valid integer",
-    "run DeepSeek-V2-Lite-Chat x": "did you mean deepseek-ai/DeepSeek-V2-Lite-Chat?",
-    "quantize moonlight dst": "is a geometry, without weights; moonshotai/Moonlight-16B-A3B-Instr",
-    "quantize nowhere": "nowhere: no such folder or file; SRC is",
-    "run EXPORT x --ram lots": "'lots' is not a size",
-    "run EXPORT x --ram 3": "'3' is 3 bytes; write the unit",
-    "run EXPORT x --device cpu --misses fetch": "misses fetch",
-    "run EXPORT x --device cpu --vram 1GiB": "--vram",
-    "run EXPORT x --top-p 1.5": "1.5 is not in the range 0<x<=1",
-    "run EXPORT x -n 0": "0 is not in the range x>=1",
-    "run EXPORT x --threads 300": "expected 1 to 256",
-    "run EXPORT x --file setup.py": "both given",
-    "rnu EXPORT x": "did you mean run?",
-    "run v2-lite x": "is a geometry, without weights",
-    "run EXPORT x --context 257": "max_position_embeddings",
-    "run EXPORT 'one two three four five' --context 3": "the context holds 3",
-    "run EXPORT caf\udce9": "UTF-8",
-    "run EXPORT x --slots 1": "at least 2",
-    "run EXPORT x --session a/b": "is no name of a session",
-    "chat EXPORT --resume": "holds no conversation to resume",
-    "rm x --all": "needs NAME, or --sessions --all",
-    "verify nowhere": "nowhere: holds no slotmoe.json",
-    "quantize EXPORT dst": "is an export already",
-    "quantize CHECKPOINT CHECKPOINT --overwrite": "not an export",
-    "quantize CHECKPOINT EXPORT --resident nf4": "--overwrite",
-    "quantize CHECKPOINT dst --codec nf4 --bits 3": "--codec nf4 has no 3 bits",
-    "bench EXPORT --depth 60 --decode-tokens 9 --context 64": "context",
-    "synth v3 dst --share-layers 0": "--share-layers",
-    # Of a checkpoint, before anything is quantized:
-    "run CHECKPOINT x --top-p 5": "not in the range",
-    "run CHECKPOINT x --ram 10MiB": "needs at least",
-    "run CHECKPOINT x --trace nowhere/trace": "its folder is not there",
-    "run CHECKPOINT x --draft mtp": "mtp",
-    "serve CHECKPOINT --ram 1MiB --max-sequences 256 --port 0": "needs at least",
-    "eval CHECKPOINT --text nowhere": "nowhere",
-}
+REFUSED = json.loads((ROOT / "tests" / "data" / "refused.json").read_text())
 
 
 def test_what_is_refused_is_one_line_and_exit_code_2(run, monkeypatch, tmp_path, network):

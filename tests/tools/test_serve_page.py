@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from tests.support.forkserver import ROOT
+
 PROGRAMS = "chromium-headless-shell chromium chromium-browser google-chrome chrome".split()
 
 # Answers with the given deltas, piece by piece, in place of the server.  What follows null never
@@ -138,22 +140,7 @@ def test_talk_by_keys(page, served):
 
 
 RENDER = "const it = make('div'); renderMarkdown(it, {}); return {};"
-MARKDOWN = {
-    "plain & <b>": "<p>plain &amp; &lt;b&gt;</p>",
-    "# A `b`\n####### c": "<h3>A <code>b</code></h3><p>####### c</p>",
-    "**a *b* c** __d__ _e_ ~~f~~": "<p><strong>a <em>b</em> c</strong> <strong>d</strong>"
-    " <em>e</em> <del>f</del></p>",
-    "`` a`b `` `**x**` `open": "<p><code>a`b</code> <code>**x**</code> `open</p>",
-    "- a\n- b\n  - c\n\n  d\n- e": "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul>"
-    "<p>d</p></li><li><p>e</p></li></ul>",
-    "[a](https://b.org/c_(d)) <http://e.org> see http://f.org/g.": '<p><a href="https://b.org/c_(d)"'
-    ' target="_blank" rel="noopener noreferrer nofollow">a (https://b.org/c_(d))</a>'
-    ' <a href="http://e.org/" target="_blank" rel="noopener noreferrer nofollow">http://e.org</a>'
-    ' see <a href="http://f.org/g" target="_blank" rel="noopener noreferrer nofollow">'
-    "http://f.org/g</a>.</p>",
-    "a [b] ![c] http:// [d](javascript:e) <f": "<p>a [b] ![c] http:// [d](javascript:e) &lt;f</p>",
-    "a\u202eb\x07": "<p>a\\u202eb\\u0007</p>",  # no text turns others round
-}
+MARKDOWN = json.loads((ROOT / "tests" / "data" / "markdown.json").read_text())
 
 
 def test_markdown(page):
