@@ -150,34 +150,41 @@ def test_sizes():
             parse_size(text)
 
 
-def test_a_shared_beginning_is_not_fed_again(runtime):
+@pytest.fixture
+def alone(sample_export):
+    """With one sequence."""
+    with Runtime.open(sample_export, context=256) as runtime:
+        yield runtime
+
+
+def test_a_shared_beginning_is_not_fed_again(alone):
     """Logits are those of feeding all anew, by what is generated from them."""
-    if runtime.stats()["kernels"] == "torch":
+    if alone.stats()["kernels"] == "torch":
         pytest.skip("the native kernels were not built")
 
     def fed():
-        tokens = runtime.stats()["tokens"]
+        tokens = alone.stats()["tokens"]
         return tokens["prefill_tokens"] + tokens["decode_tokens"]
 
     def feeds(ids, *counts):
         before = fed()
-        (found,) = runtime.generate(ids, 1)
+        (found,) = alone.generate(ids, 1)
         assert fed() - before in counts
-        wanted_V = runtime.logits(ids)[-1, : runtime.tokenizer.size]
+        wanted_V = alone.logits(ids)[-1, : alone.tokenizer.size]
         assert found.id == wanted_V.argmax()
         assert found.logprob == float(wanted_V.max() - wanted_V.logsumexp(dim=-1))
 
-    answer = [token.id for token in runtime.generate(IDS, 20)]
+    answer = [token.id for token in alone.generate(IDS, 20)]
     # The next message of a conversation; the answer's last token was never fed.
     feeds(IDS + answer + [7, 8, 9], 4)
     feeds(IDS, 1)  # the same prompt again
     feeds([*IDS[:30], 77, *IDS[31:50]], 20)
     feeds(IDS, 30)  # what came after position 30 is gone
     feeds([9, *IDS], 61)
-    tokens = runtime.generate(IDS, 100)
+    tokens = alone.generate(IDS, 100)
     answer = [next(tokens).id for _ in range(10)]
     tokens.close()  # what an interrupted answer fed is kept, perhaps more than was seen of it
-    until(lambda: not runtime.engine.batch.running)
+    until(lambda: not alone.engine.batch.running)
     feeds(IDS + answer + [7, 8], 2, 3)
 
 
