@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.offload.engine import loading
 from slotmoe.offload.runtime import Runtime
 from slotmoe.sizes import parse_size
 from tests.support.engine import IDS, until
@@ -80,7 +81,7 @@ def test_what_is_no_question(runtime, asked, problem):
     assert len(list(runtime.generate([5] * 254, 50))) == 2  # stops where the context ends
 
 
-def test_other_mistakes_are_sentences_too(runtime):
+def test_other_mistakes_are_sentences_too(runtime, sample_export, monkeypatch):
     for call, problem in (
         (lambda: runtime.logits("Call me"), "of the type str, expected a list of token ids"),
         (lambda: runtime.generate_all("Call me"), "prompts is 'Call me', expected a list"),
@@ -98,6 +99,9 @@ def test_other_mistakes_are_sentences_too(runtime):
         Runtime.open("~/nowhere")
     with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temp'"):
         runtime.generate_all(["Call me"], temp=1)
+    monkeypatch.setattr(loading, "load", lambda: None)
+    with pytest.raises(ConfigError, match="learned needs the native kernels"):
+        Runtime.open(sample_export, cache_policy="learned")
 
 
 def test_ids_may_be_arrays_and_equal_prompts_with_a_seed_are_equal_texts(runtime):
