@@ -64,7 +64,7 @@ class NativeDecoder:
         self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
         self._inputs, self._states = Store(*layers.inputs), Store(*layers.states)
         kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
-        kinds |= {border.Grouped: self._grouped, border.Delta: self._delta}
+        kinds |= {border.Grouped: self._grouped}
         self._tokens = kinds[layers.attention]
 
     def run_layers(self, chunk: border.Chunk, experts: RoutedExperts) -> border.Pending | None:
@@ -117,11 +117,7 @@ class NativeDecoder:
         return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
 
     def _latent(
-        self,
-        chunk: border.Chunk,
-        states: Sequence[SequenceState],
-        positions: Sequence[int],
-        delta: tuple[object, ...] = NO_DELTA,
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's latent cache, and what indexers keep and have chosen."""
         caches, T, C = cast(Sequence[LatentCache], states), len(positions), self._layers.sizes["C"]
@@ -135,8 +131,8 @@ class NativeDecoder:
         rope = address(chunk.rope_TC, torch.complex64, T, C)
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
-        last = None, None, *delta
-        return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists, *last)
+        delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
+        return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists, None, None, *delta)
 
     def _compressed(
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
@@ -167,11 +163,7 @@ class NativeDecoder:
         )
 
     def _grouped(
-        self,
-        chunk: border.Chunk,
-        states: Sequence[SequenceState],
-        positions: Sequence[int],
-        delta: tuple[object, ...] = NO_DELTA,
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
         caches, T, C = cast(Sequence[GroupedCache], states), len(positions), self._layers.sizes["C"]
@@ -182,13 +174,13 @@ class NativeDecoder:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
         rope = address(chunk.rope_TC, torch.complex64, T, C)
+        delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
         return TOKENS[0](int64s(positions), rope, None, *rows, *keys, None, None, None, *delta)
 
     def _delta(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
-    ) -> ctypes.Structure:
-        """The other layers', with each token's inputs of delta rules and their states.
-        `ValueError`."""
+        self, states: Sequence[SequenceState], positions: Sequence[int]
+    ) -> tuple[object, ...]:
+        """Each token's inputs of delta rules, and their states.  Raises `ValueError`."""
         caches = [state.deltas for state in states if state.deltas is not None]
         tails, own = [cache.inputs for cache in caches], [cache.states for cache in caches]
         firsts = [tail.first for tail in tails]
@@ -199,8 +191,7 @@ class NativeDecoder:
         inputs = self._inputs.bound([tail.rows for tail in tails], positions, firsts)
         folds = chain.from_iterable((state.at, state.read, state.folds) for state in own)
         held = self._states.bound([state.rows for state in own], reads)
-        others = self._grouped if isinstance(states[0], GroupedCache) else self._latent
-        return others(chunk, states, positions, (*inputs, *held, int64s([*folds])))
+        return *inputs, *held, int64s([*folds])
 
     def _last(
         self, store: Store, windows: Sequence[Tail], positions: Sequence[int]

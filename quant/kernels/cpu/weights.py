@@ -419,7 +419,8 @@ class BoundLayers(Bound):
         # Routers behind each layer's, and behind none.
         self.routers_from = [sum(routed[first:]) for first in range(len(layers) + 1)]
         self.streams = geometry.hyper.Q if geometry.hyper else 1
-        self.topk, self.attention, rotated = topk, type(layers[0].attention), geometry.P
+        self.topk, rotated = topk, geometry.P
+        self.attention = Grouped if geometry.grouped else Compressed if geometry.compressed else Mla
         if geometry.compressed is not None:  # a row's last columns are rotated
             self.window, rotated = geometry.compressed.window, 0
         # What a sequence has: layers, or groups of them, and bytes of a row.
@@ -430,7 +431,6 @@ class BoundLayers(Bound):
             self.rows, self.keys = (of_groups[0], width), (of_groups[1], width)
         self.inputs = self.states = 0, 0
         if (of := geometry.delta) is not None:
-            self.attention = Delta
             self.inputs = deltas, 4 * (sizes["dC"] + sizes["dA"] + sizes["dB"])
             self.states = deltas, 4 * of.value_heads * of.K * of.V
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
