@@ -6,7 +6,7 @@ A loader made here stands before the system's, so that any function of Vulkan fa
 import ctypes
 import mmap
 from contextlib import suppress
-from ctypes import c_uint64, c_void_p
+from ctypes import c_void_p
 
 import pytest
 import torch
@@ -71,13 +71,9 @@ def read(device, address, nbytes):
     return host
 
 
-def test_devices_are_told():
-    info = vk.devices()[0]
-    assert info.name and not info.problem and info.heap > 0
-
-
 def test_memory_counts_and_holds(device):
-    before = device.budget()
+    info, before = vk.devices()[0], device.budget()
+    assert info.name and not info.problem and info.heap == before[0]
     memory = device.allocate(vk.DEVICE, 20 << 20)  # more than goes at once
     heap, free, ours = device.budget()
     assert ours - before[2] == 20 << 20 and 0 < free <= heap and memory.mapped is None
@@ -115,11 +111,6 @@ def test_copies_between_all_kinds(device):
 
 REFUSALS = {
     "beyond an allocation": (lambda d: d.allocate(vk.DEVICE, 1 << 60), vk.REFUSED, "more than one"),
-    "not free": (
-        lambda d: d.allocate(vk.DEVICE, min(d.limits.allocation, 1 << 60)),
-        vk.REFUSED,
-        "bytes",
-    ),
     "part of a page": (lambda d: d.allocate(vk.IMPORTED, 100, 1 << 20), vk.NO_IMPORT, "pages"),
     "no memory": (lambda d: d.allocate(vk.DEVICE, 0), 1, "no memory"),
     "a stranger's address": (lambda d: d.copy([vk.Copy(64, 64, 64)]), 1, "outside"),
@@ -130,19 +121,11 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_is_refused(device, case, monkeypatch):
+def test_what_is_refused(device, case):
     act, code, words = REFUSALS[case]
-    if case == "not free":  # so much that no memory is taken where a lot of it is free
-        loader = Loader("AllocateMemory", 1, NO_ROOM)
-        other = vk.Vulkan(0, loader.address)
-        with pytest.raises(vk.VulkanError, match="refused 4096 bytes") as caught:
-            other.allocate(vk.DEVICE, 4096)
-        assert caught.value.code == vk.REFUSED and other.budget()[2] == 0
-        other.close()
-        return
-    with pytest.raises(ValueError if code == 1 else vk.VulkanError, match=words) as caught:
+    with pytest.raises(ValueError, match=words) as caught:
         act(device)
-    assert code == 1 or caught.value.code == code
+    assert getattr(caught.value, "code", 1) == code
 
 
 def scenario(loader=None):
@@ -217,4 +200,4 @@ def test_a_build_without_vulkan(monkeypatch):
         vk.devices()
     assert caught.value.code == vk.NO_DEVICE
     monkeypatch.undo()
-    assert vk.devices() and isinstance(c_uint64(1).value, int)
+    assert vk.devices()
