@@ -70,10 +70,10 @@ def test_the_sample_is_as_the_reference_says(sample_export, count):
 
 
 CASES = {
-    "v2": (("nf4", "4"), "int8"),
-    "v2-lite": (("lut", "3.5"), "nf4"),
-    "v3": (("lut", "3"), "mixed"),
-    "moonlight": (("lut", "4"), "bf16"),
+    "v2": (EXPERT_CODECS["nf4", "4"], "int8"),
+    "v2-lite": (EXPERT_CODECS["lut", "3.5"], "nf4"),
+    "v3": (EXPERT_CODECS["lut", "3"], "mixed"),
+    "moonlight": (EXPERT_CODECS["lut", "4"], "bf16"),
 }
 
 
@@ -86,7 +86,6 @@ def test_random_checkpoints_are_as_the_reference_says(case, tmp_path):
         write_checkpoint(tmp_path / "source", **own)
     else:
         write_case(tmp_path / "source", "v3-groups-yarn", torch.bfloat16, **own)
-    codecs = EXPERT_CODECS[codecs]
     quantize(tmp_path / "source", tmp_path / "export", codecs=codecs, resident=resident)
     with opened(tmp_path / "export", "cpu", kernels="torch") as runtime:
         wanted = runtime.logits(IDS[:20]), texts(runtime, PROMPTS[:1])
@@ -116,11 +115,14 @@ def test_bits_are_the_same_wherever_experts_lie(export, monkeypatch, found, slot
 
 
 def test_several_texts_drafts_and_sessions(export, tmp_path, found):
+    said, of_blocks = [], [*IDS, *IDS[:12]]
     for restored in (False, True):
-        with opened(export, sequences=3, draft="ngram", slots=9) as runtime:
+        with opened(export, sequences=3, draft="ngram", slots=9, context=96) as runtime:
             runtime.keep_in(tmp_path)
             assert texts(runtime) == found[1]
-            assert (runtime.stats()["sessions"]["restored_tokens"] > 0) == restored
+            said.append(texts(runtime, [of_blocks]))
+            assert (runtime.stats()["sessions"]["restored_tokens"] > 64) == restored
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,5 @@ def test_memory_that_is_refused_is_an_error_by_name(export, monkeypatch):
         calls.clear()
         with pytest.raises(SlotmoeError, match="memory"):
             opened(export, slots=9)
-    calls.clear()
     refused[0] = -1
     opened(export).close()
