@@ -2,6 +2,7 @@
 #include "device.h"
 
 #if defined(_WIN32)
+#define NOMINMAX
 #include <windows.h>
 #else
 #include <dlfcn.h>
