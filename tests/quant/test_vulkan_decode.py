@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slotmoe.errors import ConfigError
 from slotmoe.model.layers import route
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, KEPT_CODECS
 from slotmoe.quant.codecs.weight import dequantize
@@ -379,12 +380,12 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_shapes_are_refused_by_name(device, case):
-    model = MODELS["v2"](device).model
+def test_shapes_are_refused_by_name(device, case, monkeypatch):
     change, words = SHAPES[case]
-    change(model)
-    with pytest.raises(ValueError, match=words):
-        device.decoder(model)
+    real = vk.Vulkan.decoder
+    monkeypatch.setattr(vk.Vulkan, "decoder", lambda self, m: (change(m), real(self, m)))
+    with pytest.raises(ConfigError, match=words):
+        OnDevice(device, CONFIG)
 
 
 def test_steps_are_refused(v2):
