@@ -66,6 +66,8 @@ def allocate(vulkan: kernels.Vulkan, nbytes: int) -> int:
     try:
         return vulkan.allocate(kernels.DEVICE, max(nbytes, 16)).address
     except kernels.VulkanError as problem:
+        if problem.code != kernels.REFUSED:
+            raise
         raise torch.OutOfMemoryError(str(problem)) from None
 
 
@@ -141,6 +143,8 @@ class VulkanBackend(TorchBackend):
         )  # fmt: skip
         try:
             self._decoder = self.vulkan.decoder(model)
+        except kernels.VulkanError:
+            raise
         except ValueError as problem:
             told = f"this model's shapes are not computed on Vulkan yet ({problem})"
             raise ConfigError(f"{told}; use --device cpu") from None
