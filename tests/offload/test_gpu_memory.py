@@ -137,7 +137,7 @@ def test_the_machine_is_measured_once_and_chosen_by(opened, kept, changed, mode)
     store_bandwidths(kept, "another GPU", pcie=1e9)
     assert stored_bandwidths(kept, "another GPU").pcie == 1e9
     assert opened(rates) == (mode, 1, [line])
-    store_bandwidths(kept, "the twin", pcie=60e9, pcie_busy=60e9, experts=1e9)
+    store_bandwidths(kept, "the twin", pcie=60e9, pcie_busy=60e9, experts=1e6)
     assert opened() == ("fetch", 0, [])
 
 
