@@ -97,10 +97,8 @@ def read_trace(path: Path) -> tuple[Json, list[TraceStep]]:
     with reading(path, ConfigError), path.open("rb") as file:
         try:
             header = json.loads(file.readline(1 << 16))
-            shape, experts = (
-                (len(header["layers"]), header["num_experts_per_tok"]),
-                header["n_routed_experts"],
-            )
+            shape = len(header["layers"]), header["num_experts_per_tok"]
+            experts = header["n_routed_experts"]
         except (ValueError, KeyError, TypeError) as problem:
             raise ConfigError(f"{path}: not a trace of slotmoe run --trace") from problem
         body = file.read()

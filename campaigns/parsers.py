@@ -243,8 +243,7 @@ BODIES = [
 def request(folder):
     """The body of a request as each API reads it, and the refusal that a client gets."""
 
-    def accepts(path, values):
-        kind, read = READERS[path]
+    def accepts(path, kind, read, values):
         try:
             read(kind.model_validate(values))
             return True
@@ -263,7 +262,7 @@ def request(folder):
         except RefusedError:
             return False
         values = json.loads(data.decode("utf-8-sig")) if data else {}
-        return any({path: accepts(path, values) for path in READERS}.values())
+        return any({path: accepts(path, *READERS[path], values) for path in READERS}.values())
 
     return BODIES, parse
 

@@ -30,6 +30,7 @@ FOLLOWED = 256  # newest tokens of a pass that are learned from
 class Cache:
     """What is cached, and the counters.  The least recently used expert is worth least."""
 
+    policy = "lru"
     learns = False  # whether ``use_chunk`` wants the layer's inputs
     bypass = False  # whether a new expert of no more worth than those cached gets no slot
 
@@ -156,7 +157,7 @@ class Learned(Cache):
     by ``native`` kernels (choices.cpp) in this object's memory.
     """
 
-    learns = bypass = True
+    policy, learns, bypass = "learned", True, True
 
     def __init__(self, slots: int, layers: int, experts: int, native: "Kernels"):
         super().__init__(slots, layers, experts)

@@ -120,6 +120,7 @@ def _measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> J
     touched = time["prefill"]["tokens"] + time["decode"]["tokens"] // 2
     settings = {"slotmoe": __version__, "device": str(runtime.device), "threads": runtime.threads}
     settings |= {"kernels": stats["kernels"], "context": runtime.context}
+    settings["cache_policy"] = runtime.model.quantized("profile").slots.cache.policy
     link = measure.link_bandwidths(runtime.model)
     return {
         **{"peak": peak, "latest": latest, "budget": {plan.tier: plan.budget} | host},
