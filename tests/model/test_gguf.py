@@ -103,7 +103,7 @@ FAMILIES = {  # by case: what no file of that architecture can say
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_other_families(case, tmp_path):
+def test_other_families(heavy, case, tmp_path):
     """As the converter and its names of tensors have them, in the package's own table; the config
     follows from tensors in any part."""
     write_case(tmp_path / "source", case, **FAMILIES[case])

@@ -82,12 +82,12 @@ LONG = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3)
 # Groups of rows of o_a_proj that fill tiles, so that decode is one native call; odd ones do not.
 REPEATED = LONG[:50] * 4
 CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
-CASES |= {"v3-groups-yarn": {}, "glm4": {}, "gpt-oss": IN_BLOCKS, "dots-wide-window": {}}
+CASES |= {"mistral-groups": {}, "glm4": {}, "gpt-oss": IN_BLOCKS, "dots-wide-window": {}}
 CASES |= {"next": {}, "qwen3.5-odd": {}, "kimi": {}}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def export(request, tmp_path_factory):
+def export(heavy, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     changes = CASES[request.param] | {"max_position_embeddings": 1024}
     if has_head := request.param not in (

@@ -69,7 +69,7 @@ def output_error(weight, made, hessian):
 
 @pytest.mark.parametrize("native", [bindings.load(), None], ids=["native", "torch"])
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-def test_feedback_and_descent_lower_the_error_of_outputs(codec, native, monkeypatch):
+def test_feedback_and_descent_lower_the_error_of_outputs(heavy, codec, native, monkeypatch):
     monkeypatch.setattr(bindings, "load", lambda: native)
     weight, hessian = correlated(40, 200)
     plain = output_error(weight, values(weight, codec), hessian)[0]

@@ -110,7 +110,7 @@ def test_each_command_says_why(there, slotmoe, monkeypatch, way, command):
     assert said.count("not used: ") == 1 and re.search(f"NVIDIA RTX.* not used: .*{told}", said)
 
 
-def test_doctor_and_plan_ask_in_a_process_of_their_own(seen, program, slotmoe, monkeypatch):
+def test_doctor_and_plan_ask_in_a_process_of_their_own(heavy, seen, program, slotmoe, monkeypatch):
     """Torch as it is here; one that crashes is a sentence, and so is memory that nobody tells."""
     seen()
     assert "it was built without that" in slotmoe("doctor")[1]
