@@ -56,7 +56,7 @@ int slotmoe_hyper_out(const float*, const float*, const float*, const float*, in
                       int64_t, float*);
 int slotmoe_delta(const float*, const float*, const float*, const float*, const float*,
                   const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                  int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
+                  int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 int slotmoe_gated(const float*, const float*, int64_t, int64_t, float*);
 int slotmoe_compress(const float*, const float*, const float*, const float*, int64_t, int64_t,
                      int64_t, float, float*);
@@ -391,16 +391,19 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
 
 // A layer with a delta rule for two tokens of one sequence, the first with another to replay, and one
 // of another sequence, whose rows of inputs have no slack; then the rule over a prompt.
-static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v, int64_t position) {
+static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v, int64_t position,
+                  bool by_channel = false) {
     const int64_t hidden = 40, heads = keys * each, columns = 2 * keys * k + heads * v, i = 33,
-                  wide = columns + 2 * heads, state = heads * k * v, t = 3, folded = position - 1;
+                  decays = heads * (by_channel ? k : 1), wide = columns + heads + decays,
+                  state = heads * k * v, t = 3, folded = position - 1;
     Weights qkv(kind, columns, hidden), z(kind, heads * v, hidden), b(kF32, heads, hidden),
-        out(kind, hidden, heads * v), gate(kF32, 4, hidden), in(kInt8, i, hidden),
-        down(kInt8, hidden, i);
-    Floats norm(hidden), taps(4 * columns), decay(heads), bias(heads), own_norm(v), levels(16),
+        a(kF32, decays, hidden), out(kind, hidden, heads * v), gate(kF32, 4, hidden),
+        in(kInt8, i, hidden), down(kInt8, hidden, i);
+    Floats norm(hidden), taps(4 * columns), decay(heads), bias(decays), own_norm(v), levels(16),
         table(0);
-    const Delta rule{{keys, heads, k, v, 1e-6f, 0, taps, decay, bias, own_norm}, 0, norm, norm,
-                     qkv.matrix, z.matrix, b.matrix, b.matrix, out.matrix, gate.matrix, nullptr};
+    const Delta rule{{keys, heads, k, v, by_channel, 1e-6f, 0, taps, decay, bias, own_norm}, 0,
+                     norm, norm, qkv.matrix, z.matrix, b.matrix, a.matrix, out.matrix, gate.matrix,
+                     nullptr, {}, {}};
     const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {}};
     const Layer layer{nullptr, nullptr, nullptr, nullptr, &mlp, nullptr, nullptr, nullptr, &rule};
     const Model model{1, hidden, 4, 1, 0, &layer, {1, 1, 2, 1, kSoftmax, 1, 1.5}};
@@ -429,7 +432,8 @@ static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v
     const int64_t count = 67 + past, asked = count - past - 1;
     Floats prompt(count * wide), gates(asked * heads * v), result(asked * heads * v);
     check(slotmoe_delta(prompt, gates, taps, decay, bias, own_norm, states, others, count, wide,
-                        columns, asked, keys, heads, k, v, past, count - past - 1, 1e-6f, result));
+                        columns, asked, keys, heads, k, v, decays, past, count - past - 1, by_channel,
+                        1e-6f, result));
     check(slotmoe_gated(result, gates, asked, heads * v, result));
 }
 
@@ -463,6 +467,7 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
                 r,
                 v,
                 q_rank > 0,
+                0,
                 1e-6f,
                 1e-6f,
                 0.01f,
@@ -646,6 +651,7 @@ static void few() {
     groups(kBf16, 2, 64, 64, 3);
     delta(kInt8, 2, 2, 24, 40, 9);
     delta(kBf16, 1, 3, 7, 32, 1);
+    delta(kF32, 3, 1, 20, 24, 9, true);
     streams(2, 4, 70, 8);
     rotations(40, 33);
     for (int64_t position : {0, 3, 31, 42}) {
