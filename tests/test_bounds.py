@@ -15,11 +15,11 @@ SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
     "model": 5_285,
-    "quant": 6_538,
+    "quant": 6_537,
     "offload": 11_134,
     "tools": 8_063,
     "slotmoe": 2_243,
-    "product": 33_263,
+    "product": 33_262,
     "bench": 1_099,
     "tests": 20_239,
     "campaigns": 3_438,

@@ -184,7 +184,6 @@ class Views:
         self.weights = view("weights", c_float, *choices)
         self.hidden = view("hidden", c_float, ROWS, model.hidden)
         self.logits = view("logits", c_float, ROWS, vocabulary)
-        self.normed, self.bytes = told.normed, told.bytes
         self.begin, self.gates = told.begin, told.gates[:moe_layers]
         self.hidden_end, self.chosen_end = told.hidden_end, told.chosen_end
         self.logits_end = told.logits_end
