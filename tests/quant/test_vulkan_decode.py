@@ -206,7 +206,7 @@ def test_each_shader(device, name):
         want = expected(model, index, read, watched.rope_TC, watched.scale_T)
         for key, value in want.items():
             assert error(read[key], value) < (1e-4 if key == "caches" else 1e-6), key
-    watched.go(ends[-1], views.logits_end)
+    watched.go(ends[-1], views.chosen_end)
     normed_TD = rms(watched.rows("hidden"), model.network.norm, model.config.rms_norm_eps)
     logits_TV = torch.from_numpy(views.logits[:2].copy())
     assert error(logits_TV, linear(normed_TD, model.network.lm_head)) < 1e-6
@@ -389,7 +389,7 @@ def test_shapes_are_refused_by_name(device, case, monkeypatch):
 
 
 def test_steps_are_refused(v2):
-    cache, end = v2.cache(), v2.views.logits_end
+    cache, end = v2.cache(), v2.views.chosen_end
     good = [7], [0], [cache]
     for words, arguments, ends in (
         ("1 to 8 rows", ([7] * 9, [0] * 9, [cache] * 9), {}),

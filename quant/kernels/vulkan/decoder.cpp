@@ -403,11 +403,11 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         if (m.head.n) {
             program.multiply({normed(part_of(m.head, at(kHidden), at(kScores)), m.norm, m.eps)}, set(kHidden), set(kScores));
             const GreedyParameters greedy{at(kScores), told + 128, number(m.vocabulary)};
-            program.add(kGreedy, greedy, set(kScores), set(kTold), 1);
-            views_.chosen_end = program.here();
             program.copy(scratch_, device_offset(kScores), mapped_, told_ + told_logits, 4 * m.vocabulary, true, set(kScores),
                          set(kTold));
-            views_.logits_end = program.here();
+            views_.logits_end = program.here();  // whoever samples needs no greedy choice
+            program.add(kGreedy, greedy, set(kScores), set(kTold), 1);
+            views_.chosen_end = program.here();
         }
         parameters_ = device_.allocate(kDevice, static_cast<int64_t>(program.parameters.size()), nullptr);
         device_.transfer(true, parameters_->address, reinterpret_cast<char*>(program.parameters.data()), 1, parameters_->bytes, 0,
