@@ -11,8 +11,9 @@ layers.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
+from operator import add
 from typing import Any, TypeAlias
 
 import torch
@@ -28,8 +29,10 @@ from slotmoe.quant.backends.base import Prepared, RoutedExperts, Runner, SlotTab
 from slotmoe.state import SequenceState
 
 States: TypeAlias = Sequence[SequenceState]
+Ints: TypeAlias = Sequence[int]
 _PIECE = 512  # rows whose doubly wide input is in memory at once
 _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
+_TABLE = 128  # positions whose rotations are made together
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -60,21 +63,39 @@ class Positions:
             return (angles_C * bool(config.family.rotated)).to(where.device)
 
         self._rope, compressed, self._backend = config.rope, config.compressed, backend
-        self._frequencies_C = frequencies(config.rope)
+        self._frequencies_C = own_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
+        self._is_plain = compressed is None and not config.rope.llama_4_scaling_beta
 
-    def chunk(self, h_TD: Tensor, positions_T: Tensor, *rest: Any) -> Chunk:
-        """A chunk over tokens at ``positions``, float32 [T]; ``rest`` are its ``caches``,
-        ``before``, ``counts``, ``timer`` and ``ids_T``."""
-        rope, scale_T = self._rope, None
+        @lru_cache(maxsize=8)
+        def table(first: int) -> Tensor:  # of so many positions together
+            positions_S = torch.arange(first, first + _TABLE + _FEW, device=own_C.device).float()
+            return backend.rotations(positions_S, own_C, config.rope.table_scale)
+
+        self._table = table
+
+    def chunk(self, h_TD: Tensor, caches: States, before: Ints, counts: Ints, *rest: Any) -> Chunk:
+        """A chunk over the next ``counts`` tokens of ``caches`` behind ``before`` of the pass;
+        ``rest`` is its ``timer`` and ``ids_T``."""
+        starts = [cache.length + count for cache, count in zip(caches, before, strict=True)]
+        chunk = Chunk(h_TD, h_TD, None, caches, before, counts, *rest)
+        if self._is_plain and h_TD.shape[0] <= _FEW:
+            parts = []
+            for start, count in zip(starts, counts, strict=True):
+                at = start % _TABLE
+                parts.append(self._table(start - at)[at : at + count])
+            chunk.rope_TC = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return chunk
+        arange, rope = partial(torch.arange, device=h_TD.device), self._rope
+        positions_T = torch.cat([*map(arange, starts, map(add, starts, counts))]).float()
         if rope.llama_4_scaling_beta:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
-            scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
-        rope_TC = self._backend.rotations(positions_T, self._frequencies_C, rope.table_scale)
-        chunk = Chunk(h_TD, rope_TC, scale_T, *rest)
+            chunk.query_scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
+        rotations = partial(self._backend.rotations, positions_T)
+        chunk.rope_TC = rotations(self._frequencies_C, rope.table_scale)
         if self._compressed_C is not None:
             chunk.compressed_C = self._compressed_C
-            chunk.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)
+            chunk.compressed_rope_TC = rotations(self._compressed_C)
         return chunk
 
 
@@ -113,7 +134,6 @@ class Network:
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
         self.timer: Timer | None = None
 
-    @torch.inference_mode()
     def forward(self, ids_T: Tensor, states: States, counts: Sequence[int] = ()) -> Tensor:
         """Append ``ids``, int64 [T], to the sequences of ``states``: ``counts`` of them to each, in
         order, or equally many.  Returns the residual stream after the last layer, float32 [T, D],
@@ -121,7 +141,7 @@ class Network:
 
         The states grow only when the whole pass is done, so a pass that raises can be repeated.
         """
-        counts = counts or [len(ids_T) // len(states)] * len(states)
+        counts = counts or [ids_T.shape[0] // len(states)] * len(states)
         h_TD = self.backend.embed(ids_T, self.embed_tokens)
         if self.config.hyper is not None:
             h_TD = h_TD.repeat(1, self.config.hyper.mult)
@@ -132,15 +152,12 @@ class Network:
     ) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
         pairs = [*zip(states, counts, strict=True)]
-        arange = partial(torch.arange, device=h_TD.device)
-        positions = [arange(state.length, state.length + count) for state, count in pairs]
-        positions_T = torch.cat(positions).float()
         for state, count in pairs:
             state.begin(count)
         if self.timer is not None:
             self.timer.mark("rest")
         runner: Runner | LayerByLayer = self._layer_by_layer
-        T, size = len(h_TD), self._chunk_tokens
+        T, size = h_TD.shape[0], self._chunk_tokens
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
         if self._decoder and (few or self.backend.decodes_all):
             runner, size = self._decoder, min(size, self.rows)
@@ -152,10 +169,11 @@ class Network:
                 for state, first, end in zip(states, ends, ends[1:], strict=False)
                 if first < stop and start < end
             ]
-            of_chunk, before, lengths = zip(*parts, strict=True)
-            ids = None if ids_T is None else ids_T[start:stop]
-            given = h_TD[start:stop], positions_T[start:stop], of_chunk, before, lengths
-            chunks.append(self._positions.chunk(*given, self.timer, ids))
+            h_CD, ids_C = h_TD, ids_T
+            if size < T:
+                h_CD, ids_C = h_TD[start:stop], None if ids_T is None else ids_T[start:stop]
+            of_chunk = zip(*parts, strict=True)
+            chunks.append(self._positions.chunk(h_CD, *of_chunk, self.timer, ids_C))
         chunks[-1].ends, waiting = True, chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]
@@ -172,14 +190,13 @@ class Network:
             self._layer_by_layer.feed_forward(chunk)
         return True
 
-    @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer, or of
         several."""
         if self._mixing is not None and self._geometry.hyper is not None:
             h_TD = self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
-        x_TD = self.backend.rms_norm(h_TD, self.norm, self.config.rms_norm_eps)
-        logits_TV = self.backend.linear(x_TD, self.lm_head)
+        how = self.norm, self.config.rms_norm_eps, self.lm_head
+        logits_TV = self.backend.normed_linear(h_TD, *how)
         if self.timer is not None:
             self.timer.mark("head")
         return logits_TV
@@ -236,7 +253,6 @@ class MtpHead:
         self._network = Network(self.config, own | shared, main.backend, behind, chunk_tokens)
         self.head = self._network.head
 
-    @torch.inference_mode()
     def forward(self, hidden_RD: Tensor, ids_R: Tensor, state: SequenceState) -> Tensor:
         """Append rows to ``state``: ``hidden_RD``, float32, is the residual stream after the main
         network's last layer, or several, which is overwritten, and ``ids_R`` the token behind each.

@@ -78,7 +78,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         sequences: int = 1,
         misses: str = "auto",
         experts_dirs: Sequence[str | Path] = (),
-        draft: str = "off",
+        draft: str = "auto",
         revision: str | None = None,
         progress: Progress | None = None,
         reading: Progress = ignore,
@@ -149,7 +149,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Logits of the token behind ``token_ids``: float32 CPU [vocab_size].  What a latent cache
         holds of them is not computed again.  Raises as ``logits`` does."""
         ids, _ = self.fit(token_ids)
-        return self.engine.force(ids, keeps=True).logits[0]
+        return self.engine.force(ids, keeps=True).logits[0].clone()  # that may be written to
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
         """The rows of ``logits`` from ``first`` on, float32 [at most 128, V] a time, on the device.

@@ -164,7 +164,7 @@ _SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
     "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
-    "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
+    "that quantize --keep-mtp has kept; auto is ngram on a CPU with native kernels, else off."
 )
 _MTP = "mtp counts the head that predicts one token more, as quantize --keep-mtp keeps it."
 _NAMED = {"callback": _check_value, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
@@ -186,7 +186,7 @@ plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP,
 _STAY = "Which experts stay. [default: learned, lru without native kernels]"
 _POLICY = choice("--cache-policy", [*POLICIES], None, _STAY, cls=Rare)
 open_options = _adding(*_PLANNED, _POLICY)
-runtime_options = _adding(open_options, choice("--draft", DRAFTS, "off", _DRAFT, cls=Rare))
+runtime_options = _adding(open_options, choice("--draft", DRAFTS, "auto", _DRAFT, cls=Rare))
 
 
 def runtime_arguments(given: Json) -> Json:

@@ -102,7 +102,7 @@ def command(
         context=context,
         slots=given["slots"],
         misses=given["misses"],
-        drafts=given["draft"] == "mtp",
+        drafts=given["draft"] == "mtp" or target.vram is None,
         prefetch=not given["no_prefetch"],
     )
     if given["threads"] is None and _is_here(given):  # fewer where the plan fits one processor

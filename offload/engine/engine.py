@@ -183,7 +183,7 @@ class Engine:
         # Ctrl-C is this process's, not that of a compiler of GPU kernels, which it would end too.
         block()
         try:
-            with self.model.device.current():
+            with torch.inference_mode(), self.model.device.current():
                 while self._has_work():
                     while self._calls:
                         self._answer(self._calls.popleft())

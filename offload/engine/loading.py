@@ -70,7 +70,7 @@ class Options:
     sequences: int = 1
     misses: str = "auto"
     experts_dirs: Sequence[str | Path] = ()
-    draft: str = "off"
+    draft: str = "auto"
 
     def __post_init__(self) -> None:
         check_types(vars(self), type(self).__annotations__)
@@ -269,6 +269,8 @@ class _Loader:
         asked, backend = self._options.draft, self._backend
         if asked == "off":
             return "off", "not asked for"
+        if rows > 1 and asked == "auto" and backend.kind != "native":
+            return "off", f"not measured to pay with {backend.name}"
         if rows > 1:
             return "mtp" if asked == "mtp" else "ngram", "rows of a pass are bitwise as alone"
         problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
@@ -291,7 +293,8 @@ class _Loader:
             kernels=self._backend.kind,
             logits_rows=options.logits_rows,
             sequences=options.sequences,
-            drafts=options.draft != "off",
+            drafts=options.draft in ("ngram", "mtp")
+            or (options.draft == "auto" and self._backend.kind == "native"),
         )
 
     def _settle(self, plan: Plan) -> None:

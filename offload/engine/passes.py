@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class Sequence:
         # that were drafted after it and accepted since, float32 [R, D]; None where it is not known.
         self.hidden_RD: Tensor | None = None
         self._drafted_RD = _NONE
-        self._ngrams = NGrams()
+        self._ngrams, self._anew = NGrams(), True
 
     @property
     def length(self) -> int:
@@ -98,8 +99,10 @@ class Sequence:
 
     def append(self, ids: list[int], hidden_TD: Tensor) -> None:
         """A pass has computed ``ids`` and a draft, with the residual stream ``hidden_TD``."""
-        self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[len(ids) - 1 :].clone()
-        self.hidden_RD = self._drafted_RD[:1]
+        self.tokens = self.tokens + ids
+        if self._head is not None:
+            self._drafted_RD = hidden_TD[len(ids) - 1 :].clone()
+            self.hidden_RD = self._drafted_RD[:1]
 
     def read(self, before_RD: Tensor | None, hidden_TD: Tensor) -> None:
         """The head reads a prompt's appended tokens; else it reads where it drafts.  ``hidden_TD``
@@ -110,19 +113,20 @@ class Sequence:
 
     def accept(self, id: int) -> None:
         """The next token of the draft has come."""
-        assert self.hidden_RD is not None
         self.tokens = [*self.tokens, id]
-        self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
+        if self.hidden_RD is not None:
+            self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
 
     def draft(self, id: int) -> tuple[list[int], list[float]]:
         """What may come behind ``id``, as far as there is room, and how likely each token is."""
-        tokens, room = [*self.tokens, id], self.state.context - self.length - 1
+        room = self.state.context - self.length - 1
         if self._head is None:
-            self._ngrams.read(tokens)
+            self._ngrams.read(self.tokens, id, self._anew)
+            self._anew = False
             return self._ngrams.draft(min(MOST_DRAFTED, room))
         if room < 1 or self.hidden_RD is None:
             return [], []
-        return self._head.draft(tokens, self.hidden_RD.clone())
+        return self._head.draft([*self.tokens, id], self.hidden_RD.clone())
 
     def mark(self, length: int) -> None:
         """A text ends at ``length``, at most 16 tokens ago, and may be gone on with later."""
@@ -132,6 +136,7 @@ class Sequence:
     def take(self, source: "Sequence", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which may be this sequence and whose
         state can be cut to them."""
+        self._anew = True
         if source is not self:
             self.tokens = []  # its rows go, and a copy may end half-way
             self.state.copy(source.state, length)
@@ -201,9 +206,10 @@ class Passes:
         room = self._model.network.rows - read - len(decoding)
         if self.drafting is not None and decoding and room > 0:
             drafts = [row.sequence.draft(row.ids[0]) for row in decoding]
-            lengths = self.drafting.lengths([chances for _, chances in drafts], room)
-            for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):
-                row.draft = tokens[:length]
+            if any(tokens for tokens, _ in drafts):
+                lengths = self.drafting.lengths([chances for _, chances in drafts], room)
+                for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):
+                    row.draft = tokens[:length]
         drafted_at = time.perf_counter()
         self._run(rows)
         if self.drafting is not None and decoding:
@@ -242,7 +248,7 @@ class Passes:
         model, network = self._model, self._model.network
         ids = [row.ids + row.draft for row in rows]
         counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
-        ids_T = model.device.upload(torch.tensor(tokens))
+        ids_T = model.device.upload(torch.from_numpy(np.array(tokens, np.int64)))
 
         def step() -> tuple[Tensor, Tensor | None]:
             for row in rows:
@@ -253,16 +259,17 @@ class Passes:
                 if guesses:
                     ahead.guess_token(model.backend.embed(ids_T, network.embed_tokens))
             hidden_TD = network.forward(ids_T, [row.sequence.state for row in rows], counts)
+            if len(tokens) == 1 and rows[0].wanted:
+                return hidden_TD, network.head(hidden_TD)
             parts = zip(rows, hidden_TD.split(counts), strict=True)
             wanted = [hidden_RD[len(row.ids) - 1 :] for row, hidden_RD in parts if row.wanted]
-            if not wanted:
-                return hidden_TD, None
-            wanted_RD = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
-            head = network.head if len(wanted_RD) == 1 else network.head_each
-            return hidden_TD, head(wanted_RD)
+            return hidden_TD, network.head_each(torch.cat(wanted)) if wanted else None
 
         hidden_TD, logits_RV = self.compute(step)
         wanted_RV, at = _NONE if logits_RV is None else model.device.download(logits_RV).get(), 0
+        if len(tokens) == 1 and not rows[0].is_prompt:
+            rows[0].logits_RV = wanted_RV
+            return rows[0].sequence.append(rows[0].ids, hidden_TD)
         read = [(row, row.sequence.hidden_RD) for row in rows if row.is_prompt]
         for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
             row.sequence.append(row.ids, hidden_RD)

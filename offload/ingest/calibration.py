@@ -227,9 +227,7 @@ class Calibration:
         ids_T = torch.tensor(self._ids, device=self._device)
         windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
         for h_WD, ids_W in zip(*windows, strict=True):
-            positions_W = torch.arange(len(h_WD), device=self._device).float()
-            given = h_WD, positions_W, [state], [0], [len(h_WD)], None, ids_W
-            chunk = self._positions.chunk(*given)
+            chunk = self._positions.chunk(h_WD, [state], [0], [len(h_WD)], None, ids_W)
             state.begin(len(h_WD))
             if (pending := runner.run_layers(chunk)) is not None:
                 pendings.append(pending)

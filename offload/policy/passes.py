@@ -77,14 +77,18 @@ class NGrams:
         self._earlier = [0]
         self._place = self._alike = 0  # so many tokens before the place are the last ones
 
-    def read(self, tokens: Sequence[int]) -> None:
-        """The text is ``tokens``; what it shares with the text before is not read again."""
-        goes_on = self._is_whole and self._tokens == tokens[: len(self._tokens)]
-        self._is_whole = False
-        if not goes_on:
+    def read(self, tokens: Sequence[int], id: int, anew: bool) -> None:
+        """The text is ``tokens`` and ``id``: that before, and what has come since, or, ``anew``,
+        any, of which what it shares with that before is not read again."""
+        known, own = len(self._tokens), self._tokens
+        alike = known <= len(tokens) and not (anew and own != tokens[:known])
+        if not (self._is_whole and alike):
+            known = 0
             self._forget()
-        for index in range(len(self._tokens), len(tokens)):
-            self._add(tokens[index], len(tokens) - index <= _RECENT)
+        self._is_whole = False
+        for index in range(known, len(tokens)):
+            self._add(tokens[index], len(tokens) - index < _RECENT)
+        self._add(id, True)
         self._is_whole = True
 
     def _add(self, token: int, counts: bool) -> None:

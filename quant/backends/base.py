@@ -181,6 +181,10 @@ class TorchBackend(TorchAttention):
         parts = (rows(plain, g * count, (g + 1) * count) for g in range(groups))
         return torch.stack([self.linear(x_TGK[:, g], part) for g, part in enumerate(parts)], dim=1)
 
+    def normed_linear(self, x_TK: Tensor, norm_K: Tensor, eps: float, weight: Prepared) -> Tensor:
+        """``linear`` of the rows' RMS norms."""
+        return self.linear(self.rms_norm(x_TK, norm_K, eps), weight)
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         """RMS norm over the last dimension, float32 [T, D], times the weight if there is one."""
         return F.rms_norm(x_TD, x_TD.shape[-1:], weight_D, eps)
@@ -203,10 +207,13 @@ class TorchBackend(TorchAttention):
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
+        rows: Tensor | slice = ids_T
+        if ids_T.is_cpu and ids_T.shape[0] == 1:  # of one a view, which is quicker
+            rows = slice(int(ids_T), int(ids_T) + 1)
         if isinstance(weight, Int8Weight):
-            return weight.q[ids_T].float() * weight.scale[ids_T, None]
+            return weight.q[rows].float() * weight.scale[rows, None]
         if isinstance(weight, Tensor):
-            return weight[ids_T].float()
+            return weight[rows].float()
         if not isinstance(weight, Matrix) or len(weight.tensors) != 2:
             raise TypeError("an embedding table is gathered row by row, so it is never coded")
         tiles, scale = weight.tensors  # the head is multiplied by it too

@@ -63,6 +63,8 @@ class NativeDecoder:
         self._count = len(layers.routers_from) - 1
         self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
         self._inputs, self._states = Store(*layers.inputs), Store(*layers.states)
+        # Of one token's call that asks so many routers; no two of a pass ask equally many.
+        self._results = dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]()
         kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
         kinds |= {border.Grouped: self._grouped}
         self._tokens = kinds[layers.attention]
@@ -86,9 +88,17 @@ class NativeDecoder:
         slab, f32, sizes = self._bind(table.records), torch.float32, layers.sizes
         T, wide, hidden, streams = len(positions), sizes["X"], sizes["H"], sizes["Q"]
         post, comb = chunk.mixed or (None, None)
-        y_TX, norms = torch.empty(T, wide), torch.empty(asked + 1, T, hidden)
-        weights_TK = torch.empty(T, sizes["K"])
-        indices = torch.empty(asked, T, sizes["K"], dtype=torch.int64)
+        if T > 1 or (results := self._results.get(asked)) is None:
+            K, chosen = sizes["K"], torch.empty(asked, T, sizes["K"], dtype=torch.int64)
+            results = (
+                torch.empty(T, wide),
+                torch.empty(asked + 1, T, hidden),
+                torch.empty(T, K),
+                chosen,
+            )
+            if T == 1:
+                self._results[asked] = results
+        y_TX, norms, weights_TK, indices = results
         reached = ctypes.c_int64()
         spent = self._native.decode(
             *(layers.address, first, T, address(chunk.h_TD, f32, T, wide), ctypes.byref(tokens)),
@@ -264,6 +274,10 @@ class NativeBackend(TorchBackend):
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
         return self._native.linear(matrix, x_TK.contiguous())
+
+    def normed_linear(self, x_TK: Tensor, norm_K: Tensor, eps: float, weight: Prepared) -> Tensor:
+        matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
+        return self._native.normed_linear(matrix, x_TK.contiguous(), norm_K, eps)
 
     def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
         matrix, G = Matrix.of(weight), x_TGK.shape[1]

@@ -33,7 +33,7 @@ int slotmoe_isa_supported(int);
 int slotmoe_set_isa(const char*);
 void slotmoe_set_threads(int);
 uint64_t slotmoe_read(const void*, int64_t);
-int slotmoe_linear(const Matrix*, const float*, int64_t, int64_t, float*);
+int slotmoe_linear(const Matrix*, const float*, const float*, float, int64_t, int64_t, float*);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_experts_by_slot(const Record*, const float*, int64_t, int64_t, const int64_t*,
@@ -202,7 +202,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     check(slotmoe_pack_int8(w, n, k, packed));
     for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         const Weights weights(kind, n, k);
-        check(slotmoe_linear(&weights.matrix, x, t, 1, y));
+        check(slotmoe_linear(&weights.matrix, x, kind == kInt8 ? weight.p : nullptr, 1e-6f, t, 1, y));
         slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);
     }
     check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
@@ -742,7 +742,7 @@ int main(int argc, char** argv) {
                     std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
                     std::vector<int8_t> w(256 * 256, 1);
                     const Matrix m{kInt8, 256, 256, w.data(), scale.data(), nullptr};
-                    for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), 1, 1, y.data()));
+                    for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), nullptr, 0, 1, 1, y.data()));
                 });
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);

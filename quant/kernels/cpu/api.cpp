@@ -82,7 +82,7 @@ bool slotmoe::finite(const float* levels) {
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 20; }
+EXPORT int slotmoe_abi() { return 21; }
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
 EXPORT void slotmoe_set_cpus(const int32_t* cpus, int count) { set_cpus(cpus, count); }
@@ -102,13 +102,17 @@ EXPORT uint64_t slotmoe_read(const void* memory, int64_t bytes) {
 
 // --- linear layers
 
-// x [t, groups, k] -> y [t, n]: see Product.
-EXPORT int slotmoe_linear(const Matrix* w, const float* x, int64_t t, int64_t groups, float* y) {
+// x [t, groups, k], normed in rows of k if there is a norm [k] -> y [t, n]: see Product.
+EXPORT int slotmoe_linear(const Matrix* w, const float* x, const float* norm, float eps, int64_t t, int64_t groups,
+                          float* y) {
     if (t < 0 || !w->valid() || groups < 1 || (groups > 1 && w->n % (groups * kTile))) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         for (int64_t first = 0; first < t; first += kPassTokens) {
             const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
-            multiply(job, isa, *w, x + first * groups * w->k, rows, y + first * w->n, groups);
+            const float* in = x + first * groups * w->k;
+            float* normed = norm ? job.scratch<float>(kStreams, rows * groups * w->k) : nullptr;
+            if (norm) norm_rows(job, isa, in, norm, rows * groups, w->k, eps, normed);
+            multiply(job, isa, *w, norm ? normed : in, rows, y + first * w->n, groups);
         }
     });
 }

@@ -37,7 +37,7 @@ from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.state import Empty
 from slotmoe.system import cores
 
-ABI = 20
+ABI = 21
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 """Whose seconds `decode` gives."""
@@ -130,8 +130,15 @@ class Kernels:
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
         """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], by G groups of rows."""
-        y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
+        y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None], None, 0.0)
         return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
+
+    def normed_linear(self, weight: Matrix, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """`linear` of the rows [T, K], RMS-normed; checked by hand, as it runs once a token."""
+        (n, k), t, f32 = weight.shape, x.shape[0], torch.float32
+        y, inputs = torch.empty(t, n), (address(x, f32, t, k), address(norm, f32, k))
+        self._functions["linear"].run(weight.address, *inputs, eps, t, 1, y.data_ptr())
+        return y
 
     def decode(self, *arguments: object) -> list[float]:
         """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
