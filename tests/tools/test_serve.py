@@ -5,6 +5,7 @@ import http.client
 import json
 import re
 import socket
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 
@@ -130,6 +131,14 @@ def test_log_probabilities_of_an_answer(served, runtime):
     rows = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
     for token, score, top in rows:
         assert top[token] == score and len(top) in (2, 3)  # it need not be among the likeliest
+    many = {"n": 8, "max_tokens": 60, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+    tracemalloc.start()
+    link, response = served.open("POST", CHAT, {**GREEDY, "messages": USER, **many})
+    while response.read(1 << 16):
+        pass
+    link.close()
+    assert tracemalloc.get_traced_memory()[1] < 8 * 60 * 4200  # tuples take 5,300 each
+    tracemalloc.stop()
 
 
 def test_log_probabilities_of_a_prompt(served, runtime):
