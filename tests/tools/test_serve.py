@@ -128,16 +128,14 @@ def test_log_probabilities_of_an_answer(served, runtime):
     assert "".join(told["tokens"]) == found["text"]
     options = {"logprobs": 2, "max_tokens": 12, "temperature": 2, "seed": 1}
     told = served.complete("Call me", **options)["choices"][0]["logprobs"]
-    rows = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
-    for token, score, top in rows:
+    for token, score, top, _ in zip(*told.values(), strict=True):
         assert top[token] == score and len(top) in (2, 3)  # it need not be among the likeliest
     many = {"n": 8, "max_tokens": 60, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
     tracemalloc.start()
     link, response = served.open("POST", CHAT, {**GREEDY, "messages": USER, **many})
-    while response.read(1 << 16):
-        pass
+    response.read()
     link.close()
-    assert tracemalloc.get_traced_memory()[1] < 8 * 60 * 4200  # tuples take 5,300 each
+    assert tracemalloc.get_traced_memory()[1] < 8 * 60 * 7000  # tuples take 8,000 each
     tracemalloc.stop()
 
 
