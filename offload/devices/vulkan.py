@@ -6,7 +6,7 @@ in the middle of a pass, which waits for that.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -150,25 +150,39 @@ class PlacedExperts(Experts):
                 table_ME.flat[read.expert_id] = slot.record.address
         self._brings = bool(host.acquired)
 
-    def bring(self, moe_layer: int, indices: list[list[int]]) -> None:
-        """See ``slotmoe.quant.backends.vulkan``."""
+    def bring(
+        self, moe_layer: int, indices: list[list[int]], table_ME: NDArray[np.uint64]
+    ) -> Iterator[bool]:
+        """Bring what a layer lacks, in parts if that is more than RAM lends: each is there, and
+        alone, until the next is asked for; whether there is one.  See
+        ``slotmoe.quant.backends.vulkan``."""
         host, slots, cached = self._host, self.slots, self._cache.cached
         ids = [id for id in self._uses(moe_layer, indices) if id not in cached]
         self._fetched += len(ids)
-        host.release_all()  # an earlier layer's, which is over
-        room = min(slots.room(), slots.staging)
-        reads, lent = slots.demand(ids[:room]), [host.acquire(id) for id in ids[room:]]
-        host.submit(lent)
-        while coming := [read for read in (*reads, *lent) if not read.done]:
-            self.look()
-            slots.wait(coming)
-        slots.take(reads)
-        for read in reads:
-            slots.admit(read.expert_id, must=True)
-        for read in lent:
-            if read.error is not None:
-                raise read.error
-        self._brings = True
+        lends = len(host.store.records) - host.cache.slots - slots.staging
+        done_E = np.zeros(table_ME.shape[1], bool)
+        while True:
+            host.release_all()  # an earlier layer's, or part's, which is over
+            room = min(slots.room(), slots.staging)
+            part, ids = ids[: room + lends], ids[room + lends :]
+            reads, lent = slots.demand(part[:room]), [host.acquire(id) for id in part[room:]]
+            host.submit(lent)
+            while coming := [read for read in (*reads, *lent) if not read.done]:
+                self.look()
+                slots.wait(coming)
+            slots.take(reads)
+            for read in reads:
+                slots.admit(read.expert_id, must=True)
+            for read in lent:
+                if read.error is not None:
+                    raise read.error
+            self._brings = True
+            self.write_addresses(table_ME)
+            table_ME[moe_layer, done_E] = 0
+            done_E |= table_ME[moe_layer] != 0
+            yield bool(ids)
+            if not ids:
+                return
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """And what was used goes on to slots, as far as the cache would keep it."""

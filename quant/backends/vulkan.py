@@ -2,8 +2,8 @@
 
 Weights, experts in slots and latents lie in memory that torch does not know; they are named by its
 addresses.  What the rest of the network sees of a pass lies in RAM.  A pass over up to 8 tokens is
-one submit, from their ids to logits, that was recorded once.  It stops by itself at a layer whose
-experts are not all where shaders read them, and goes on when they are.
+one submit, from their ids to logits, that was recorded once; more go in tiles.  It stops by itself
+at a layer whose experts are not all where shaders read them, and goes on when they are.
 
 Shapes: T tokens, D hidden_size, V vocab_size, E routed experts, K experts a token, M MoE layers; of
 latents L layers, S positions, X elements of a row.
@@ -23,7 +23,7 @@ from slotmoe.quant.backends.base import Empty, Prepared, RoutedExperts, TorchBac
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels import vulkan as kernels
-from slotmoe.quant.shapes import FEW_ROWS, WIDENED
+from slotmoe.quant.shapes import WIDENED
 from slotmoe.state import LatentCache
 
 _ALIGNMENT = 256  # bytes, of a tensor among others
@@ -91,7 +91,7 @@ class VulkanBackend(TorchBackend):
 
     kind = name = "vulkan"
     absorbs = decodes_all = True
-    rows = FEW_ROWS
+    rows, at_once = 512, 1e9  # of a pass; products of the first of its submits
     layout: RecordLayout
     _geometry: Geometry
     _layers: Sequence[Layer[Prepared]]
@@ -134,9 +134,9 @@ class VulkanBackend(TorchBackend):
         experts = max(layer.gate.n for layer in layers)
         codecs, scoring = layout.codecs, SCORINGS.index(router.scoring)
         model = kernels.Model(
-            len(layers), len(norm_D), head.shape[0], *g[:5], g.halves, g.eps, g.latent_eps,
-            g.softmax_scale, experts, router.n_group, router.topk_group, router.top_k,
-            router.group_best, scoring, router.normalized, router.factor,
+            self.at_once, self.rows, len(layers), len(norm_D), head.shape[0], *g[:5], g.halves,
+            g.eps, g.latent_eps, g.softmax_scale, experts, router.n_group, router.topk_group,
+            router.top_k, router.group_best, scoring, router.normalized, router.factor,
             layout.moe_intermediate_size, codecs.gate_up.kind, codecs.down.kind,
             (*layout.gate_up_places, *layout.down_places), levels, _matrix(embedding),
             _matrix(head), norm, (kernels.Layer * len(layers))(*layers),
@@ -179,21 +179,24 @@ class VulkanBackend(TorchBackend):
             self._places[0, at : at + count] = range(first, first + count)
             self._places[1:, at : at + count] = [[rows.address], [rows.layer_bytes]]
             at += count
-        last = views.logits_end if chunk.ends else views.hidden_end
+        ends = chunk.ends and T <= kernels.ROWS
+        last, moe_layer, parts = views.logits_end if ends else views.hidden_end, 0, iter([False])
         ids_T, scale_T = cast(Tensor, chunk.ids_T), chunk.query_scale_T
         step = kernels.Step(
             T, views.begin, last, ids_T.data_ptr(), *(row.ctypes.data for row in self._places),
             chunk.rope_TC.data_ptr(), None if scale_T is None else scale_T.data_ptr(),
         )  # fmt: skip
+        placed.write_addresses(views.table)
         while True:
-            placed.write_addresses(views.table)
-            self._decoder.run(step)
+            for more in parts:
+                step.last = views.sums[moe_layer] if more else last
+                self._decoder.run(step)
             if (moe_layer := int(views.stopped[0])) < 0:
                 break
-            placed.bring(moe_layer, views.indices[moe_layer, :T].tolist())
+            parts = placed.bring(moe_layer, views.indices[moe_layer, :T].tolist(), views.table)
             step.first = views.gates[moe_layer]
         chunk.h_TD.copy_(self._hidden_TD[:T])
-        if chunk.ends:
+        if ends:
             self._ended_TD = chunk.h_TD
         if chunk.timer is not None:
             chunk.timer.mark("captured layers")
@@ -210,7 +213,7 @@ class VulkanBackend(TorchBackend):
         if 0 <= row <= len(self._ended_TD) - len(x_TK):
             return self._logits_TV[row : row + len(x_TK)].clone()
         self._ended_TD, views, parts = self._ended_TD[:0], self._views, list[Tensor]()
-        for rows_TD in x_TK.contiguous().split(self.rows):
+        for rows_TD in x_TK.contiguous().split(kernels.ROWS):
             given = {"rows": len(rows_TD), "hidden": rows_TD.data_ptr()}
             self._decoder.run(kernels.Step(first=views.hidden_end, last=views.logits_end, **given))
             parts.append(self._logits_TV[: len(rows_TD)].clone())

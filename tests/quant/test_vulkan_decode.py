@@ -4,7 +4,7 @@ network beside the reference path, the bits of a row, and where barriers stand.
 Shapes: T rows, H heads, N, P, R and V as in ``slotmoe.border``, K experts of a row.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.layers import route
+from slotmoe.quant.backends.vulkan import VulkanBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, KEPT_CODECS
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.kernels import vulkan as vk
@@ -161,22 +162,23 @@ class Watched:
     def rows(self, name, columns=None):
         """A set's rows of so many columns, [T, columns]."""
         memory = self.model.read(name)
-        columns = len(memory) // vk.ROWS if columns is None else columns
+        columns = len(memory) // len(self.model.views.hidden) if columns is None else columns
         return memory[: self.T * columns].view(self.T, columns)
 
     def read(self, index):
         """What a layer's shaders have left."""
         model, views, T = self.model, self.model.views, self.T
-        names = "low query latent queries values between logits experts shared hidden"
+        names = "low query latent values between logits experts shared hidden"
         read = {name: self.rows(name) for name in names.split()}
+        H, _, P, R = model.geometry[:4]
+        read["queries"] = self.rows("queries", H * (R + P))
         layer = model.network.layers[index]
         if layer.mlp is not None:
             read["activated"] = self.rows("activated", layer.mlp.gate_proj.shape[0])
         if layer.gate is not None:
             row = model.config.moe_layers.index(index)
-            read["normed"] = model.read("normed").view(-1, vk.ROWS, model.config.hidden_size)[
-                row, :T
-            ]
+            normed_D = model.read("normed").view(-1, model.config.hidden_size)
+            read["normed"] = normed_D[row * vk.ROWS :][:T]
             read["weights"] = torch.from_numpy(views.weights[row, :T].copy())
             read["indices"] = torch.from_numpy(views.indices[row, :T].copy()).float()
         read["latents"] = list[torch.Tensor]()
@@ -194,7 +196,7 @@ def test_each_shader(device, name):
     model = MODELS[name](device)
     watched, views, at = Watched(model), model.views, model.views.begin
     plan = model.plan()[1:]
-    ends = [at + i + 1 for i, op in enumerate(plan) if op.writes >> SETS.index("hidden") & 1]
+    ends = [op.at + 1 for op in plan if op.writes >> SETS.index("hidden") & 1]
     watched.go(at, ends[0])
     embedded = model.backend.embed(torch.tensor(IDS[:2]), model.network.embed_tokens)
     assert torch.equal(watched.rows("hidden"), embedded)
@@ -246,6 +248,41 @@ def test_the_bits_of_a_row(device, v2):
             ids = [texts[s][at] for s, at in rows]
             got = model.run(ids, [at for _, at in rows], [caches[s] for s, _ in rows])
             assert all(map(torch.equal, got, [alone[row] for row in rows]))
+
+
+@pytest.mark.usefixtures("heavy")
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_in_tiles(device, name, monkeypatch):
+    """Of two texts: with the bits that each row has alone, also where a step is of many parts and
+    a layer's experts come in two."""
+    monkeypatch.setattr(VulkanBackend, "at_once", 1.0)
+    model = MODELS[name](device)
+    views, decoder, table = model.views, model.decoder, model.views.table.copy()
+    texts = [[(IDS[at % 8] + 9 * at) % 1000 for at in range(29)], [*range(40, 54)]]
+    ids, positions = texts[0] + texts[1], [*range(29), *range(14)]
+    caches, alone = [model.cache()] * 29 + [model.cache()] * 14, list[torch.Tensor]()
+    for row in zip(ids, positions, caches, strict=True):
+        model.run(*([part] for part in row))
+        alone.append(torch.from_numpy(views.hidden[0].copy()))
+    caches = [model.cache()] * 29 + [model.cache()] * 14
+    step = model.step(ids, positions, caches, None, views.hidden_end)
+    for _ in range(2):
+        decoder.run(step)
+        assert torch.equal(torch.from_numpy(views.hidden[:43]), torch.stack(alone))
+    for layer, (gate, end) in enumerate(zip(views.gates, views.sums, strict=True)):
+        views.table[layer, ::2] = 0
+        step.first, step.last = views.begin, views.hidden_end
+        decoder.run(step)
+        assert views.stopped[0] == layer
+        step.first, step.last = gate, end
+        decoder.run(step)
+        views.table[layer] = table[layer]
+        views.table[layer, 1::2] = 0
+        step.last = views.hidden_end
+        decoder.run(step)
+        assert views.stopped[0] == -1
+        assert torch.equal(torch.from_numpy(views.hidden[:43]), torch.stack(alone))
+        views.table[:] = table
 
 
 def test_it_stops_where_an_expert_is_missing(v2):
@@ -318,20 +355,22 @@ def hazards(plan, without=None):
 def test_barriers_stand_where_they_must(v2):
     """And nowhere else: without any of them there is a hazard."""
     views = v2.views
-    starts = [views.begin, *views.gates]
-    for first in starts:
-        plan = v2.plan(first)
+    for first, rows in product([views.begin, *views.gates], (8, 9)):
+        plan = v2.plan(first, views.hidden_end, rows)
         barriers = [at for at, op in enumerate(plan) if op.barrier]
-        assert not hazards(plan) and len(barriers) > 3
+        assert not hazards(plan) and len(barriers) >= 3
         assert all(hazards(plan, without=at) for at in barriers)
 
 
-def test_operations_touch_what_they_say(v2):
+@pytest.mark.parametrize("count", [3, 20])
+def test_operations_touch_what_they_say(v2, count):
     """What one does not say that it reads is made NaN before it, and what it does not say that it
     writes stays as it is."""
     views, cache = v2.views, v2.cache()
-    rows = IDS[:3], range(3), [cache] * 3
-    want, step = v2.run(*rows), v2.step(*rows)
+    rows, plan = ([*IDS, *range(12)][:count], range(count), [cache] * count), v2.plan(rows=count)
+    ends = views.begin, plan[-1].at + 1
+    v2.run(*rows, None, ends[1])
+    want, step = views.hidden.copy(), v2.step(*rows)
     spans = {name: v2.span(name) for name in SETS if name not in ("io", "taken")}
     spans["caches"] = cache[0], cache[1] * v2.config.num_hidden_layers
 
@@ -346,22 +385,22 @@ def test_operations_touch_what_they_say(v2):
             v2.device.write(spans[name][0], tensor.data_ptr(), 1, tensor.nbytes)
 
     kept = memory()
-    for at, op in enumerate(v2.plan()[1:], views.begin):
+    for op in plan[1:]:
         reads, writes = (
             {n for n in spans if of >> SETS.index(n) & 1} for of in (op.reads, op.writes)
         )
-        before = {n: held if n in reads else torch.full_like(held, -1) for n, held in kept.items()}
+        before = {n: held if n in reads else torch.full_like(held, -2) for n, held in kept.items()}
         put(before)
-        step.first, step.last = at, at + 1
+        step.first, step.last = op.at, op.at + 1
         v2.decoder.run(step)
         for name, after in memory().items():
             changed = after != before[name]
             if name == "told":  # where the step itself says that nothing has stopped it
                 changed[0] = False
-            assert name in writes or not changed.any(), (at, name)
+            assert name in writes or not changed.any(), (op.at, name)
             kept[name] = torch.where(changed, after, kept[name])
     put(kept)
-    assert torch.equal(torch.from_numpy(views.logits[:3]), want)
+    assert (views.hidden[:count] == want[:count]).all()
 
 
 SHAPES = {
@@ -392,7 +431,8 @@ def test_steps_are_refused(v2):
     cache, end = v2.cache(), v2.views.chosen_end
     good = [7], [0], [cache]
     for words, arguments, ends in (
-        ("1 to 8 rows", ([7] * 9, [0] * 9, [cache] * 9), {}),
+        ("1 to 64 rows", ([7] * 65, [0] * 65, [cache] * 65), {}),
+        ("no such operations", ([7] * 9, [0] * 9, [cache] * 9), {}),
         ("position", ([7], [-1], [cache]), {}),
         ("vocabulary", ([4096], [0], [cache]), {}),
         ("residual stream", ([-1], [0], [cache]), {}),

@@ -19,10 +19,10 @@ from tests.support.slab import SlabExperts
 from tests.support.tiny import random_weights
 
 Span = vk.structure("address: address int: bytes")
-Operation = vk.structure("address: reads writes int: barrier shader")
+Operation = vk.structure("address: reads writes int: barrier shader at")
 SETS = (
     "io taken hidden low query latent queries caches sums values between logits normed activated"
-    " choice experts shared scores told"
+    " choice order experts shared scores told"
 ).split()
 
 
@@ -51,7 +51,7 @@ class OnDevice:
         experts = SlabExperts(self.backend, *made, codecs=codecs)
         self.network.experts, self.records = experts, experts._records
         placing = VulkanBackend(device)
-        placing.layout = self.records.layout
+        placing.layout, placing.rows = self.records.layout, 64
         network_of(raw, resident, placing)
         self.decoder, self.views = placing._decoder, placing._views
         self.addresses_ME = self._place_records(experts._slots_ME, far)
@@ -116,9 +116,11 @@ class OnDevice:
             self.device.read(address, host.data_ptr(), 1, size)
         return host.view(dtype)
 
-    def plan(self, first=None, last=None):
-        """Operations of a submit."""
-        ends = self.views.begin if first is None else first, last or self.views.logits_end
+    def plan(self, first=None, last=None, rows=1):
+        """Operations of a step."""
+        views = self.views
+        last = last or (views.logits_end if rows <= vk.ROWS else views.hidden_end)
+        ends = views.begin if first is None else first, last
         operations, count = (Operation * 999)(), ctypes.c_int64()
-        vk.call("plan", self.decoder.handle, *ends, operations, 999, ctypes.byref(count))
+        vk.call("plan", self.decoder.handle, rows, *ends, operations, 999, ctypes.byref(count))
         return operations[: count.value]

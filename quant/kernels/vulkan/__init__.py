@@ -20,7 +20,7 @@ from slotmoe.quant.kernels.cpu import bindings
 
 NO_DEVICE, REFUSED, LOST, TIMED_OUT, NO_IMPORT = 2, 5, 6, 7, 8  # codes of `VulkanError`
 DEVICE, MAPPED, IMPORTED = range(3)  # kinds of memory
-ROWS = 8  # tokens of a step at most
+ROWS = 8  # of a step that makes logits, and of one that is recorded once; more go in tiles
 _FOREVER = (1 << 63) - 1
 _TYPES: dict[str, Any] = {"int": c_int64, "address": c_uint64, "pointer": c_void_p}
 _TYPES |= {"double": c_double, "text": c_char * 256, "places": c_int64 * 5}
@@ -55,9 +55,10 @@ Layer = structure(
     matrix=Matrix,
 )
 Model = structure(
-    "layers hidden vocabulary heads n p r v halves double: eps latent_eps scale int: experts groups"
-    " kept top_k group_best scoring normalized double: factor int: intermediate gate_up down"
-    " places: places address: levels matrix: embedding head address: norm layers: layer",
+    "double: at_once int: rows layers hidden vocabulary heads n p r v halves double: eps latent_eps"
+    " scale int: experts groups kept top_k group_best scoring normalized double: factor"
+    " int: intermediate gate_up down places: places address: levels"
+    " matrix: embedding head address: norm layers: layer",
     matrix=Matrix,
     layers=ctypes.POINTER(Layer),
 )
@@ -67,7 +68,7 @@ Step = structure(
 )
 _Views = structure(
     "pointer: table stopped indices weights chosen logits hidden address: normed int: begin"
-    " hidden_end chosen_end logits_end bytes list: gates pointer: spans int: sets",
+    " hidden_end chosen_end logits_end bytes list: gates sums pointer: spans int: sets",
     list=ctypes.POINTER(c_int64),
 )
 
@@ -168,8 +169,8 @@ class Vulkan:
 class Views:
     """Mapped memory of a decoder: ``table`` uint64 [MoE layers, E] is written between steps, the
     rest read behind one: ``stopped`` int32 [1], ``indices`` int32 and ``weights`` float32 [MoE
-    layers, ROWS, K], ``chosen`` int32 [ROWS], ``logits`` and ``hidden`` float32 [ROWS, V or D].
-    ``begin``, ``gates`` and what ends in ``end`` are operations."""
+    layers, T, K], ``chosen`` int32 [ROWS], ``logits`` float32 [ROWS, V], ``hidden`` [T, D], of at
+    most T rows.  ``begin``, ``gates``, ``sums`` and what ends in ``end`` are operations."""
 
     def __init__(self, told: Any, model: Any):
         def view(name: str, kind: Any, *shape: int) -> NDArray[Any]:
@@ -177,14 +178,18 @@ class Views:
             return np.ctypeslib.as_array(values).reshape(shape)
 
         moe_layers = sum(bool(model.layer[index].gate.n) for index in range(model.layers))
-        choices, vocabulary = (moe_layers, ROWS, model.top_k), bool(model.head.n) * model.vocabulary
+        choices, vocabulary = (
+            (moe_layers, model.rows, model.top_k),
+            bool(model.head.n) * model.vocabulary,
+        )
         self.table = view("table", c_uint64, moe_layers, model.experts)
         self.stopped, self.chosen = view("stopped", c_int32, 1), view("chosen", c_int32, ROWS)
         self.indices = view("indices", c_int32, *choices)
         self.weights = view("weights", c_float, *choices)
-        self.hidden = view("hidden", c_float, ROWS, model.hidden)
+        self.hidden = view("hidden", c_float, model.rows, model.hidden)
         self.logits = view("logits", c_float, ROWS, vocabulary)
         self.begin, self.gates = told.begin, told.gates[:moe_layers]
+        self.sums = told.sums[:moe_layers]
         self.hidden_end, self.chosen_end = told.hidden_end, told.chosen_end
         self.logits_end = told.logits_end
 

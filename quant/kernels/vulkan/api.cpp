@@ -110,10 +110,10 @@ EXPORT int slotmoe_vulkan_submit(Decoder* decoder, const Step* step, uint64_t* v
     return guarded_by_text([&] { *value = decoder->submit(*step); });
 }
 
-EXPORT int slotmoe_vulkan_plan(Decoder* decoder, int64_t first, int64_t last, Operation* operations, int64_t capacity,
+EXPORT int slotmoe_vulkan_plan(Decoder* decoder, int64_t rows, int64_t first, int64_t last, Operation* operations, int64_t capacity,
                                int64_t* count) {
     return guarded_by_text([&] {
-        const auto planned = decoder->plan(first, last);
+        const auto planned = decoder->plan(rows, first, last);
         *count = std::min(capacity, static_cast<int64_t>(planned.size()));
         std::copy_n(planned.begin(), *count, operations);
     });

@@ -2,6 +2,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -11,14 +12,16 @@
 namespace slotmoe::vulkan {
 namespace {
 
-enum ShaderName { kEmbed, kMultiply, kQueriesOf, kAttend, kValuesOf, kRoute, kGreedy };
+enum ShaderName { kEmbed, kMultiply, kQueriesOf, kAttend, kValuesOf, kRoute, kSort, kSum, kGreedy };
 #define SLOTMOE_SHADER(name) {name##_spirv, sizeof(name##_spirv)}
 const Shader kShaders[] = {SLOTMOE_SHADER(embed),  SLOTMOE_SHADER(multiply), SLOTMOE_SHADER(queries),
                            SLOTMOE_SHADER(attend), SLOTMOE_SHADER(values),   SLOTMOE_SHADER(route),
-                           SLOTMOE_SHADER(greedy)};
+                           SLOTMOE_SHADER(sort),   SLOTMOE_SHADER(sum),      SLOTMOE_SHADER(greedy)};
 #undef SLOTMOE_SHADER
 
 constexpr int64_t kMostExperts = 1024, kMostShared = 32768;  // of route.comp; bytes of a workgroup
+constexpr uint32_t kTileRows = 16, kTileCount = 4;           // TILE and COUNT of multiply.comp
+constexpr double kSeconds = 0.05;                            // of a part of a step
 
 int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t size_of(int64_t kind) { return kind == kInt8 ? 1 : kind == kF32 ? 4 : 2; }
@@ -39,25 +42,27 @@ void require(bool right, const char* text) {
     if (!right) refuse(text);
 }
 
-// Of one step, as the shaders read it; rotations [kRows, p / 2, 2] follow, then the table.
+// What comes with a step, as the shaders read it: then the table, then its rows.
 struct Io {
-    uint32_t stop;
-    int32_t token[kRows];
-    uint32_t position[kRows];
-    float factor[kRows];
-    uint32_t unused;
-    uint64_t cache[kRows], layer_bytes[kRows];
+    uint32_t stop, count, start, stride;
 };
-static_assert(sizeof(Io) == 232 && offsetof(Io, cache) == 104, "as common.glsl has it");
+struct Row {
+    int32_t token;
+    uint32_t position;
+    float factor;
+    uint32_t unused;
+    uint64_t cache, layer_bytes;  // rotations [p / 2, 2] follow
+};
+static_assert(sizeof(Io) == 16 && sizeof(Row) == 32, "as common.glsl has them");
 constexpr uint32_t kNone = 0xffffffff;
 
 // Parameters of the shaders, as they have them.
 struct Part {
-    uint64_t data[2], scale[2], levels, x, gain, y, add, normed, records, indices, weights, others;
+    uint64_t data[2], scale[2], levels, x, gain, y, add, normed, records, indices, places, weights, others;
     uint32_t kind, n, k, pair, uses, x_row, x_use, y_row, y_use;
     float eps;
 };
-static_assert(sizeof(Part) == 152);
+static_assert(sizeof(Part) == 160);
 struct EmbedParameters {
     uint64_t data, scale, given, y;
     uint32_t kind, columns, tokens;
@@ -81,6 +86,14 @@ struct RouteParameters {
     uint32_t groups, kept, top_k, group_best, sigmoid, normalized, layer;
     float factor;
 };
+struct SortParameters {
+    uint64_t indices, experts, places;
+    uint32_t top_k, tiles;
+};
+struct SumParameters {
+    uint64_t outputs, weights, others, add, y;
+    uint32_t uses, columns;
+};
 struct GreedyParameters {
     uint64_t logits, chosen;
     uint32_t count;
@@ -94,14 +107,15 @@ public:
     explicit Program(Decoder& decoder) : decoder_(decoder) {}
 
     template <class T>
-    Task& add(ShaderName shader, const T* blocks, size_t count, uint64_t reads, uint64_t writes, int64_t x, int64_t y = 1,
-              const Constants& constants = {}) {
+    Task& add(ShaderName shader, const T* blocks, size_t count, uint64_t reads, uint64_t writes, const Way& few, const Way& many) {
         Task task{reads | set(kIo), writes};
         task.shader = shader;
-        task.x = static_cast<uint32_t>(x);
-        task.y = static_cast<uint32_t>(y);
         task.serial = serial;
-        task.pipeline = decoder_.device_.pipeline(kShaders[shader], constants);
+        task.ways[0] = few;
+        task.ways[1] = decoder_.rows_ > kRows ? many : Way{};
+        for (Way& way : task.ways) {
+            if (way.x) way.pipeline = decoder_.device_.pipeline(kShaders[shader], way.constants);
+        }
         parameters.resize(up(static_cast<int64_t>(parameters.size()), 16));
         task.parameters = parameters.size();
         if constexpr (std::is_same_v<T, Part>) {
@@ -115,21 +129,29 @@ public:
         return decoder_.tasks_.back();
     }
     template <class T>
-    Task& add(ShaderName shader, const T& block, uint64_t reads, uint64_t writes, int64_t x, int64_t y = 1,
-              const Constants& constants = {}) {
-        return add(shader, &block, 1, reads, writes, x, y, constants);
+    Task& add(ShaderName shader, const T& block, uint64_t reads, uint64_t writes, const Way& few, const Way& many) {
+        return add(shader, &block, 1, reads, writes, few, many);
     }
-    void multiply(const std::vector<Part>& parts, uint64_t reads, uint64_t writes) {
-        int64_t tiles = 0;
+    enum Ways { kFew = 1, kMany = 2, kBoth = 3 };
+    Task& multiply(const std::vector<Part>& parts, uint64_t reads, uint64_t writes, int ways = kBoth) {
+        Way few, many;
         uint32_t lanes = 1, uses = 1;
+        double work = 0;
         for (const Part& part : parts) {
-            tiles += up(part.n, kTile) / kTile * (part.weights ? 1 : part.uses);
+            few.x += up(part.n, kTile) / kTile * (part.weights ? 1 : part.uses);
+            many.x += up(part.n, kTile * kTileCount) / (kTile * kTileCount);
             if (part.weights) uses = part.uses;
+            work += (1.0 + part.pair) * part.n * part.k * kTileRows;
         }
         while (lanes < uses && 256 * lanes <= static_cast<uint32_t>(decoder_.device_.limits().threads)) lanes *= 2;
-        add(kMultiply, parts.data(), parts.size(), reads, writes, tiles, 1, {128 * lanes, lanes, uses});
+        few.constants = {128 * lanes, lanes, uses, 1, 1};
+        many.constants = {128, 1, 1, kTileRows, kTileCount};
+        many.per = kTileRows;
+        Task& task = add(kMultiply, parts.data(), parts.size(), reads, writes, ways & kFew ? few : Way{}, ways & kMany ? many : Way{});
+        task.work = work;
+        return task;
     }
-    void copy(const Memory* from, int64_t source, const Memory* to, int64_t target, int64_t bytes, bool each_row,
+    void copy(const Memory* from, int64_t source, const Memory* to, int64_t target, int64_t bytes, int64_t row_bytes,
               uint64_t reads, uint64_t writes) {
         Task task{reads, writes};
         task.from = from;
@@ -137,7 +159,7 @@ public:
         task.source = source;
         task.target = target;
         task.bytes = bytes;
-        task.each_row = each_row;
+        task.row_bytes = row_bytes;
         decoder_.tasks_.push_back(task);
     }
     int64_t here() const { return static_cast<int64_t>(decoder_.tasks_.size()); }
@@ -182,6 +204,8 @@ Part pair_of(const Matrix& gate, const Matrix& up, uint64_t x, uint64_t y) {
 }  // namespace
 
 void Decoder::check(const Model& m) const {
+    require(m.at_once >= 1, "a part of a step has no products");
+    require(m.rows >= kRows && m.rows <= kMostRows, "a step has 8 to 4096 rows at most");
     const int64_t sizes[] = {m.layers, m.hidden, m.heads, m.n, m.p, m.r, m.v};
     for (const int64_t size : sizes) require(size >= 1 && size < 1 << 24, "a size of the model is out of range");
     require(m.hidden % 4 == 0 && m.n % 4 == 0 && m.r % 4 == 0 && m.v % 4 == 0 && m.p % 2 == 0,
@@ -253,7 +277,7 @@ void Decoder::check(const Model& m) const {
 Decoder::Decoder(Device& device, const Model& m) : device_(device) {
     check(m);
     try {
-        const int64_t D = m.hidden, H = m.heads, W = m.r + m.p, K = m.top_k, E = m.experts;
+        const int64_t T = rows_ = m.rows, D = m.hidden, H = m.heads, W = m.r + m.p, K = m.top_k, E = m.experts;
         int64_t low = 0, between = 0, moe = 0;
         for (int64_t l = 0; l < m.layers; l++) {
             if (m.layer[l].query_b.n) low = std::max(low, m.layer[l].query.n);
@@ -264,9 +288,11 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         const int64_t splits = std::clamp<int64_t>(1024 / H, 16, 64);
         hidden_ = D;
         rope_ = m.p;
+        at_once_ = m.at_once;
         tokens_ = m.embedding.n;
-        table_ = up(sizeof(Io) + 4 * kRows * m.p, 16);
-        const int64_t io_bytes = table_ + 8 * moe * E;
+        start_ = up(sizeof(Io) + 8 * moe * E, 16);
+        stride_ = up(sizeof(Row) + 4 * m.p, 16);
+        const int64_t io_bytes = start_ + T * stride_, tiles = T * K / kTileRows + E;
 
         // Memory of each set, on the device or mapped.
         spans_.resize(kSets);
@@ -275,50 +301,51 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             spans_[of] = {static_cast<uint64_t>(size), bytes};
             size += up(std::max<int64_t>(bytes, 16), 256);
         };
-        const auto rows = [&](Set of, int64_t columns) { scratch(of, 4 * kRows * columns); };
+        const auto rows = [&](Set of, int64_t columns) { scratch(of, 4 * T * columns); };
         scratch(kIo, io_bytes);
         rows(kHidden, D);
         rows(kLow, low);
         rows(kQuery, H * (m.n + m.p));
         rows(kLatent, W);
-        rows(kQueries, H * W);
-        rows(kSums, H * splits * (m.r + 2));
+        rows(kQueries, std::max(H * W, T > kRows ? K * D : 0));  // or outputs of uses
+        scratch(kSums, 4 * H * (m.r + 2) * std::max(kRows * splits, T));
         rows(kValues, H * m.v);
         rows(kBetween, D);
         rows(kLogits, E);
-        rows(kNormed, moe * D);
+        scratch(kNormed, moe ? 4 * D * ((moe - 1) * kRows + T) : 0);
         rows(kActivated, between);
         rows(kExperts, K * m.intermediate);
         rows(kChoice, 2 * K);
+        scratch(kOrder, T > kRows ? 4 * tiles * (1 + kTileRows) : 0);
         rows(kShared, D);
-        rows(kScores, m.head.n ? m.vocabulary : 0);
+        scratch(kScores, m.head.n ? 4 * kRows * m.vocabulary : 0);
         scratch_ = device_.allocate(kDevice, size, nullptr);
         for (Span& span : spans_) span.address += span.bytes ? scratch_->address : 0;
 
-        io_ = 0;
         taken_ = up(io_bytes, 256);
-        told_ = taken_ + up(4 * kRows * D, 256);
-        const int64_t choices = up(4 * moe * kRows * K, 256);
+        told_ = taken_ + up(4 * T * D, 256);
+        const int64_t choices = up(4 * moe * T * K, 256);
         const int64_t told_weights = 256 + choices, told_hidden = told_weights + choices;
-        const int64_t told_logits = told_hidden + up(4 * kRows * D, 256);
+        const int64_t told_logits = told_hidden + up(4 * T * D, 256);
         const int64_t told_bytes = told_logits + 4 * kRows * (m.head.n ? m.vocabulary : 0);
         mapped_ = device_.allocate(kMapped, told_ + told_bytes, nullptr);
         std::memset(mapped_->mapped, 0, mapped_->bytes);
-        spans_[kTaken] = {mapped_->address + taken_, 4 * kRows * D};
+        spans_[kTaken] = {mapped_->address + taken_, 4 * T * D};
         spans_[kTold] = {mapped_->address + told_, told_bytes};
 
         const auto at = [&](Set of) { return spans_[of].address; };
         const auto device_offset = [&](Set of) { return static_cast<int64_t>(at(of) - scratch_->address); };
-        const uint64_t told = spans_[kTold].address, best = at(kSums) + 4 * kRows * H * splits * m.r;
-        const uint64_t indices = at(kChoice), weights = indices + 4 * kRows * K;
+        const uint64_t told = spans_[kTold].address, best = at(kSums) + 4 * H * m.r * std::max(kRows * splits, T);
+        const uint64_t indices = at(kChoice), weights = indices + 4 * T * K;
         const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
         Program program(*this);
-        program.copy(mapped_, io_, scratch_, device_offset(kIo), io_bytes, false, set(kTaken), set(kIo));
+        program.copy(mapped_, 0, scratch_, device_offset(kIo), start_, stride_, set(kTaken), set(kIo));
         views_.begin = program.here();
 
+        const Way wide{number(up(D / 4, 64) / 64)}, one{1};
         const EmbedParameters embed{m.embedding.data, m.embedding.scale, at(kTaken), at(kHidden), number(m.embedding.kind),
                                     number(D), number(m.embedding.n)};
-        program.add(kEmbed, embed, set(kTaken), set(kHidden), up(D / 4, 64) / 64);
+        program.add(kEmbed, embed, set(kTaken), set(kHidden), wide, wide);
         for (int64_t l = 0; l < m.layers; l++) {
             const Layer& layer = m.layer[l];
             Part query = normed(part_of(layer.query, at(kHidden), at(layer.query_b.n ? kLow : kQuery)), layer.input_norm, m.eps);
@@ -332,15 +359,22 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             const QueriesParameters queries{at(kQuery), at(kLatent), layer.latent_norm, kv_b.data, kv_b.scale, at(kQueries),
                                             number(kv_b.kind), number(H), number(m.n), number(m.p), number(m.r), number(m.v),
                                             number(m.halves), number(l), static_cast<float>(m.latent_eps)};
-            program.add(kQueriesOf, queries, set(kQuery) | set(kLatent), set(kQueries) | set(kCaches), H + 1,
-                        up(m.r / 4, 64) / 64);
+            const uint32_t parts_of_r = number(up(m.r / 4, 64) / 64);
+            program.add(kQueriesOf, queries, set(kQuery) | set(kLatent), set(kQueries) | set(kCaches),
+                        {number(H + 1), parts_of_r, 1, {1}}, {number(H) + kTileRows, parts_of_r, kTileRows, {kTileRows}})
+                .work = static_cast<double>(kTileRows) * H * m.n * m.r;
             const AttendParameters attend{at(kQueries), at(kSums), best, number(H), number(splits), number(l),
                                           static_cast<float>(m.scale)};
-            program.add(kAttend, attend, set(kQueries) | set(kCaches), set(kSums), up(H, 8) / 8, splits,
-                        {number(m.r), number(m.p)});
+            const uint32_t r = number(m.r), p = number(m.p), of_heads = number(up(H, 8) / 8), of_v = number(up(m.v, 32) / 32);
+            Task& attending = program.add(kAttend, attend, set(kQueries) | set(kCaches), set(kSums),
+                                          {of_heads, number(splits), 1, {r, p, 0}}, {of_heads, 1, 1, {r, p, 1}});
+            attending.work = static_cast<double>(H) * (m.r + W);
+            attending.by_context = true;
             const ValuesParameters values{at(kSums), best, kv_b.data, kv_b.scale, at(kValues), number(kv_b.kind), number(H),
                                           number(splits), number(m.n), number(m.v)};
-            program.add(kValuesOf, values, set(kSums), set(kValues), H, up(m.v, 32) / 32, {number(m.r)});
+            program.add(kValuesOf, values, set(kSums), set(kValues), {number(H), of_v, 1, {r, 1}},
+                        {number(H), of_v, kTileRows, {r, kTileRows}})
+                .work = static_cast<double>(kTileRows) * H * m.v * m.r;
             Part out = part_of(layer.out, at(kValues), at(kBetween));
             out.add = at(kHidden);
             program.multiply({out}, set(kValues) | set(kHidden), set(kBetween));
@@ -357,8 +391,8 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
                 program.multiply({down}, set(kActivated) | set(kBetween), set(kHidden));
                 continue;
             }
-            const uint64_t table = at(kIo) + table_ + 8 * program.serial * E;
-            const uint64_t told_choice = 4 * program.serial * kRows * K;
+            const uint64_t table = at(kIo) + sizeof(Io) + 8 * program.serial * E;
+            const uint64_t told_choice = 4 * program.serial * T * K;
             Part gate = normed(part_of(layer.gate, at(kBetween), at(kLogits)), layer.next_norm, m.eps);
             gate.normed = at(kNormed) + 4 * program.serial * kRows * D;
             std::vector<Part> parts{gate};
@@ -368,9 +402,13 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
                                         told + 256 + told_choice, told, number(m.groups), number(m.kept), number(K),
                                         number(m.group_best), number(m.scoring), number(m.normalized), program.serial,
                                         static_cast<float>(m.factor)};
-            program.add(kRoute, route, set(kLogits), set(kChoice) | set(kIo) | set(kTold), 1, 1, {number(E)});
+            program.add(kRoute, route, set(kLogits), set(kChoice) | set(kIo) | set(kTold),
+                        {1, 1, 1, {number(E)}}, {1, 1, 1, {number(E)}});
             program.serial++;
             gates_.push_back(program.here());
+            const uint64_t places = at(kOrder) + 4 * tiles;
+            const SortParameters sort{indices, at(kOrder), places, number(K), number(tiles)};
+            program.add(kSort, sort, set(kChoice), set(kOrder), {}, {1, 1, kMostRows, {number(E), kTileRows}});
 
             Matrix coded{m.gate_up, m.intermediate, D, 0, static_cast<uint64_t>(m.places[1]), m.levels}, other = coded;
             other.data = m.places[0];
@@ -395,18 +433,37 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             parts.assign(1, experts);
             if (has_mlp) parts.push_back(down);
             const uint64_t shared = has_mlp ? set(kShared) : 0;
-            program.multiply(parts, set(kNormed) | set(kChoice) | set(kActivated), set(kExperts) | shared);
-            program.multiply({outputs}, set(kExperts) | set(kChoice) | set(kBetween) | shared, set(kHidden));
+            program.multiply(parts, set(kNormed) | set(kChoice) | set(kActivated), set(kExperts) | shared, Program::kFew);
+            program.multiply({outputs}, set(kExperts) | set(kChoice) | set(kBetween) | shared, set(kHidden), Program::kFew);
+
+            const SumParameters sum{at(kQueries), weights, outputs.others, outputs.add, at(kHidden), number(K), number(D)};
+            if (has_mlp) program.multiply({down}, set(kActivated), set(kShared), Program::kMany);
+            outputs.weights = outputs.add = outputs.others = 0;
+            outputs.y = at(kQueries);
+            outputs.y_row = number(K) * outputs.n;
+            for (Part* part : {&experts, &outputs}) {
+                part->indices = at(kOrder);
+                part->places = places;
+            }
+            program.multiply({experts}, set(kNormed) | set(kOrder), set(kExperts), Program::kMany);
+            program.multiply({outputs}, set(kExperts) | set(kOrder), set(kQueries), Program::kMany);
+            for (auto task = tasks_.end() - 2; task != tasks_.end(); task++) {
+                task->uses = number(K);
+                task->more = number(E);
+            }
+            sums_.push_back(program.here());
+            program.add(kSum, sum, set(kQueries) | set(kChoice) | set(kBetween) | shared, set(kHidden), {}, wide);
         }
-        program.copy(scratch_, device_offset(kHidden), mapped_, told_ + told_hidden, 4 * D, true, set(kHidden), set(kTold));
+        program.copy(scratch_, device_offset(kHidden), mapped_, told_ + told_hidden, 0, 4 * D, set(kHidden), set(kTold));
         views_.hidden_end = views_.chosen_end = views_.logits_end = program.here();
         if (m.head.n) {
-            program.multiply({normed(part_of(m.head, at(kHidden), at(kScores)), m.norm, m.eps)}, set(kHidden), set(kScores));
+            program.multiply({normed(part_of(m.head, at(kHidden), at(kScores)), m.norm, m.eps)}, set(kHidden), set(kScores),
+                             Program::kFew);
             const GreedyParameters greedy{at(kScores), told + 128, number(m.vocabulary)};
-            program.copy(scratch_, device_offset(kScores), mapped_, told_ + told_logits, 4 * m.vocabulary, true, set(kScores),
+            program.copy(scratch_, device_offset(kScores), mapped_, told_ + told_logits, 0, 4 * m.vocabulary, set(kScores),
                          set(kTold));
             views_.logits_end = program.here();  // whoever samples needs no greedy choice
-            program.add(kGreedy, greedy, set(kScores), set(kTold), 1);
+            program.add(kGreedy, greedy, set(kScores), set(kTold), one, {});
             views_.chosen_end = program.here();
         }
         parameters_ = device_.allocate(kDevice, static_cast<int64_t>(program.parameters.size()), nullptr);
@@ -414,7 +471,7 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
                          0);
 
         char* mapped = static_cast<char*>(mapped_->mapped);
-        views_.table = reinterpret_cast<uint64_t*>(mapped + io_ + table_);
+        views_.table = reinterpret_cast<uint64_t*>(mapped + sizeof(Io));
         views_.stopped = reinterpret_cast<int32_t*>(mapped + told_);
         views_.chosen = reinterpret_cast<int32_t*>(mapped + told_ + 128);
         views_.indices = reinterpret_cast<int32_t*>(mapped + told_ + 256);
@@ -424,6 +481,7 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         views_.normed = at(kNormed);
         views_.bytes = scratch_->bytes + parameters_->bytes;
         views_.gates = gates_.data();
+        views_.sums = sums_.data();
         views_.spans = spans_.data();
         views_.sets = kSets;
     } catch (...) {
@@ -445,28 +503,38 @@ void Decoder::release() {
     }
 }
 
-std::vector<const Decoder::Task*> Decoder::between(int64_t first, int64_t last, bool takes) const {
-    if (first < views_.begin || first >= last || last > static_cast<int64_t>(tasks_.size())) refuse("there are no such operations");
-    std::vector<const Task*> tasks;
-    for (int64_t at = 0; at < views_.begin + takes; at++) tasks.push_back(&tasks_[at]);
-    for (int64_t at = first; at < last; at++) tasks.push_back(&tasks_[at]);
-    return tasks;
+uint32_t Decoder::Task::depth(int64_t rows) const {
+    const uint32_t per = ways[rows > kRows].per;
+    return (static_cast<uint32_t>(rows) * uses + per - 1) / per + more;
 }
 
-std::vector<Operation> Decoder::plan(const std::vector<const Task*>& tasks) {
+std::vector<Decoder::Piece> Decoder::between(int64_t rows, int64_t first, int64_t last, bool takes) const {
+    const int64_t end = rows > kRows ? views_.hidden_end : static_cast<int64_t>(tasks_.size());
+    if (first < views_.begin || first >= last || last > end) refuse("there are no such operations");
+    std::vector<Piece> pieces;
+    for (int64_t at = 0; at < last; at = at + 1 < first && at + 1 >= views_.begin + takes ? first : at + 1) {
+        const Task& task = tasks_[at];
+        if (task.shader < 0 || task.ways[rows > kRows].x) pieces.push_back({&task, 0, task.depth(rows)});
+    }
+    return pieces;
+}
+
+std::vector<Operation> Decoder::plan(const std::vector<Piece>& pieces) const {
     Hazards hazards;
     std::vector<Operation> planned;
-    for (const Task* task : tasks) {
-        planned.push_back({task->reads, task->writes, hazards.barrier_before(task->reads, task->writes), task->shader});
+    for (const auto& [task, first, count] : pieces) {
+        planned.push_back({task->reads, task->writes, hazards.barrier_before(task->reads, task->writes), task->shader,
+                           task - tasks_.data()});
     }
     return planned;
 }
 
-std::vector<Operation> Decoder::plan(int64_t first, int64_t last) const { return plan(between(first, last, false)); }
+std::vector<Operation> Decoder::plan(int64_t rows, int64_t first, int64_t last) const {
+    return plan(between(rows, first, last, false));
+}
 
-VkCommandBuffer Decoder::record(int64_t rows, int64_t first, int64_t last, bool takes) const {
-    const auto tasks = between(first, last, takes);
-    const auto planned = plan(tasks);
+VkCommandBuffer Decoder::record(int64_t rows, const std::vector<Piece>& pieces) const {
+    const auto planned = plan(pieces);
     const VkCommandBuffer buffer = device_.begin();
     const Functions& vk = device_.vk();
     VkMemoryBarrier2 memory{VK_STRUCTURE_TYPE_MEMORY_BARRIER_2};
@@ -480,21 +548,23 @@ VkCommandBuffer Decoder::record(int64_t rows, int64_t first, int64_t last, bool 
     barrier.pMemoryBarriers = &memory;
     VkPipeline bound = VK_NULL_HANDLE;
     for (size_t i = 0; i < planned.size(); i++) {
-        const Task& task = *tasks[i];
+        const Task& task = *pieces[i].task;
         if (planned[i].barrier) vk.CmdPipelineBarrier2(buffer, &barrier);
         if (task.shader < 0) {
             const VkBufferCopy region{static_cast<VkDeviceSize>(task.source), static_cast<VkDeviceSize>(task.target),
-                                      static_cast<VkDeviceSize>(task.bytes * (task.each_row ? rows : 1))};
+                                      static_cast<VkDeviceSize>(task.bytes + task.row_bytes * rows)};
             vk.CmdCopyBuffer(buffer, task.from->buffer, task.to->buffer, 1, &region);
             continue;
         }
-        if (task.pipeline != bound) vk.CmdBindPipeline(buffer, VK_PIPELINE_BIND_POINT_COMPUTE, bound = task.pipeline);
+        const Way& way = task.ways[rows > kRows];
+        if (way.pipeline != bound) vk.CmdBindPipeline(buffer, VK_PIPELINE_BIND_POINT_COMPUTE, bound = way.pipeline);
         const struct {
-            uint64_t parameters, io, serial;
-        } push{parameters_->address + task.parameters, spans_[kIo].address, task.serial};
+            uint64_t parameters, io;
+            uint32_t serial, first;
+        } push{parameters_->address + task.parameters, spans_[kIo].address, task.serial, pieces[i].first};
         static_assert(sizeof(push) == Device::kPushBytes);
         vk.CmdPushConstants(buffer, device_.layout(), VK_SHADER_STAGE_COMPUTE_BIT, 0, sizeof(push), &push);
-        vk.CmdDispatch(buffer, task.x, task.y, static_cast<uint32_t>(rows));
+        vk.CmdDispatch(buffer, way.x, way.y, pieces[i].count);
     }
     memory.dstStageMask = VK_PIPELINE_STAGE_2_HOST_BIT;  // what the host is told
     memory.dstAccessMask = VK_ACCESS_2_HOST_READ_BIT;
@@ -503,34 +573,60 @@ VkCommandBuffer Decoder::record(int64_t rows, int64_t first, int64_t last, bool 
     return buffer;
 }
 
+uint64_t Decoder::submit_parts(const Step& step, const std::vector<Piece>& pieces) {
+    const double context = 1.0 + *std::max_element(step.positions, step.positions + step.rows);
+    const auto* stopped = reinterpret_cast<const volatile int32_t*>(static_cast<char*>(mapped_->mapped) + told_);
+    uint32_t done = 0;  // of the next piece
+    for (size_t at = 0; at < pieces.size() && *stopped < 0;) {
+        std::vector<Piece> part;
+        double left = at_once_;
+        while (at < pieces.size() && left > 0) {
+            const auto& [task, first, all] = pieces[at];
+            const double work = task->work * (task->by_context ? context : 1.0);
+            const uint32_t count = work * (all - done) <= left ? all - done : std::max(1u, static_cast<uint32_t>(left / work));
+            part.push_back({task, done, count});
+            left -= work * count;
+            done = done + count < all ? done + count : 0;
+            at += done == 0;
+        }
+        const VkCommandBuffer buffer = record(step.rows, part);
+        const auto start = std::chrono::steady_clock::now();
+        last_ = device_.submit(buffer, step.after);
+        device_.wait(last_, INT64_MAX);
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        device_.forget(buffer);
+        if (left <= 0) at_once_ *= std::clamp(kSeconds / taken.count(), 0.25, 4.0);
+    }
+    return last_;
+}
+
 uint64_t Decoder::submit(const Step& step) {
     const int64_t rows = step.rows;
-    require(rows >= 1 && rows <= kRows, "a step has 1 to 8 rows");
+    if (rows < 1 || rows > rows_) refuse("a step has 1 to " + std::to_string(rows_) + " rows");
     const bool layers = step.first < views_.hidden_end;  // else it needs the rows alone, or goes on with what is there
     require(!layers || (step.tokens && step.positions && step.caches && step.layer_bytes && step.rope), "a step lacks a list");
     if (last_) device_.wait(last_, INT64_MAX);  // it reads what is written now
     char* mapped = static_cast<char*>(mapped_->mapped);
-    Io io{};
-    io.stop = kNone;
-    std::fill_n(io.token, kRows, -1);
-    for (int64_t t = 0; t < rows && layers; t++) {
+    const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
+    *reinterpret_cast<Io*>(mapped) = {kNone, number(rows), number(start_), number(stride_)};
+    for (int64_t t = 0; t < rows; t++) {
+        Row& row = *reinterpret_cast<Row*>(mapped + start_ + t * stride_);
+        row.token = -1;
+        if (!layers) continue;
         require(step.positions[t] >= 0 && step.positions[t] < INT32_MAX, "a position is out of range");
         require(step.caches[t] % 4 == 0 && step.layer_bytes[t] >= 0 && step.layer_bytes[t] % 4 == 0, "a cache is not at multiples of 4");
         require(step.tokens[t] >= 0 ? step.tokens[t] < tokens_ : step.hidden != nullptr,
                 "a row has neither a token of the vocabulary nor a residual stream");
-        io.token[t] = static_cast<int32_t>(std::max<int64_t>(step.tokens[t], -1));
-        io.position[t] = static_cast<uint32_t>(step.positions[t]);
-        io.factor[t] = step.query_scale ? step.query_scale[t] : 1.0f;
-        io.cache[t] = step.caches[t];
-        io.layer_bytes[t] = static_cast<uint64_t>(step.layer_bytes[t]);
+        row = {static_cast<int32_t>(std::max<int64_t>(step.tokens[t], -1)), static_cast<uint32_t>(step.positions[t]),
+               step.query_scale ? step.query_scale[t] : 1.0f, 0, step.caches[t], static_cast<uint64_t>(step.layer_bytes[t])};
+        std::memcpy(&row + 1, step.rope + t * rope_, 4 * rope_);
     }
     const bool takes = !layers && step.hidden;  // rows of the residual stream, for the head
-    VkCommandBuffer& buffer = recorded_[{rows, step.first, step.last, takes}];
-    if (!buffer) buffer = record(rows, step.first, step.last, takes);
-    std::memcpy(mapped + io_, &io, sizeof(io));
-    if (layers) std::memcpy(mapped + io_ + sizeof(io), step.rope, 4 * rows * rope_);
     if (step.hidden) std::memcpy(mapped + taken_, step.hidden, 4 * rows * hidden_);
     *reinterpret_cast<int32_t*>(mapped + told_) = -1;
+    if (rows > kRows) return submit_parts(step, between(rows, step.first, step.last, takes));
+    VkCommandBuffer& buffer = recorded_[{rows, step.first, step.last, takes}];
+    if (!buffer) buffer = record(rows, between(rows, step.first, step.last, takes));
     return last_ = device_.submit(buffer, step.after);
 }
 

@@ -8,7 +8,8 @@
 
 namespace slotmoe::vulkan {
 
-constexpr int64_t kRows = 8;  // tokens of a step at most, `ROWS` of the shaders
+constexpr int64_t kRows = 8;         // of a step that is recorded once, and of the head; more go in tiles
+constexpr int64_t kMostRows = 4096;  // tokens of a step
 
 // The structures of the C ABI are of 64-bit fields.  Addresses are the device's, 0 for what is not there.
 struct Matrix {
@@ -24,7 +25,8 @@ struct Layer {
 };
 
 struct Model {
-    int64_t layers, hidden, vocabulary, heads, n, p, r, v, halves;
+    double at_once;  // products that the first part of a step of many rows has
+    int64_t rows, layers, hidden, vocabulary, heads, n, p, r, v, halves;
     double eps, latent_eps, scale;
     int64_t experts, groups, kept, top_k, group_best, scoring, normalized;
     double factor;
@@ -45,13 +47,14 @@ struct Span {
 struct Views {
     uint64_t* table;             // [MoE layers, experts]: addresses of records, 0 for one that is not there
     const int32_t* stopped;      // [1]: the MoE layer whose choice lacked an expert, -1 for none
-    const int32_t* indices;      // [MoE layers, kRows, top_k]
+    const int32_t* indices;      // [MoE layers, rows, top_k], of the model's rows, as those of `hidden`
     const float* weights;        // the same
     const int32_t* chosen;       // [kRows]: of the greatest logit
     const float *logits, *hidden;  // [kRows, vocabulary], [kRows, hidden]
-    uint64_t normed;             // [MoE layers, kRows, hidden]: what goes into experts, on the device
+    uint64_t normed;             // [MoE layers, kRows, hidden]: what goes into experts, on the device; of more
+                                 // rows a layer's reach into the next one's
     int64_t begin, hidden_end, chosen_end, logits_end, bytes;
-    const int64_t* gates;        // [MoE layers]: operations up to a layer's choice
+    const int64_t *gates, *sums;  // [MoE layers]: operations up to a layer's choice, and up to the sum of its experts
     const Span* spans;           // of the sets
     int64_t sets;
 };
@@ -61,6 +64,10 @@ struct Views {
 // r + p], whose layers are so many bytes apart, and its rotations, [rows, p / 2, 2].  Rows may be of one sequence, in
 // order.  A layer whose choice lacks an expert stops the rest; when it is there, a step from that layer's gate goes on.
 // From `hidden_end` on, the head takes rows that are given in `hidden` alone.
+// More than kRows rows end in `hidden_end` at most, and go in several submits, each of a part that takes 50 ms by what the
+// last took, so that no watchdog ends one; behind `submit` all but the last are over.  From a gate on, experts that the
+// table lacks are left out: layers go on right behind the gate once for each part of their experts, up to `sums`, and on
+// from there.
 struct Step {
     int64_t rows, first, last;
     const int64_t *tokens, *positions;
@@ -72,12 +79,13 @@ struct Step {
 
 // What operations read and write, a bit each: memory that nothing else changes meanwhile is not in it.
 enum Set { kIo, kTaken, kHidden, kLow, kQuery, kLatent, kQueries, kCaches, kSums, kValues, kBetween, kLogits, kNormed,
-           kActivated, kChoice, kExperts, kShared, kScores, kTold, kSets };
+           kActivated, kChoice, kOrder, kExperts, kShared, kScores, kTold, kSets };
 
 struct Operation {
     uint64_t reads, writes;
     int64_t barrier;  // whether one stands before it
     int64_t shader;   // -1: a copy
+    int64_t at;       // the operation's number
 };
 
 // Finds where barriers are needed: before what reads or writes what was written since the last one, and before what
@@ -104,38 +112,52 @@ public:
 
     const Views& views() const { return views_; }
     uint64_t submit(const Step& step);
-    // What a submit of [first, last) runs, the copy of what comes with the step before it.
-    std::vector<Operation> plan(int64_t first, int64_t last) const;
+    // What steps of [first, last) run, the copy of what comes with the step before it.
+    std::vector<Operation> plan(int64_t rows, int64_t first, int64_t last) const;
 
 private:
+    struct Way {  // of few rows, or in tiles: workgroups, and what the grid's z has one for so many of; x is 0 for none
+        uint32_t x = 0, y = 1, per = 1;
+        Constants constants;
+        VkPipeline pipeline = VK_NULL_HANDLE;
+    };
     struct Task {
         uint64_t reads, writes;
         int shader = -1;
-        uint32_t x = 0, y = 0, serial = 0;
+        Way ways[2];
+        uint32_t serial = 0, uses = 1, more = 0;  // z has `more` beside what `uses` of each row need
+        double work = 0;                          // products of one of z; for each position of the context if so
+        bool by_context = false;
         size_t parameters = 0;
-        VkPipeline pipeline = VK_NULL_HANDLE;
         const Memory *from = nullptr, *to = nullptr;  // of a copy
-        int64_t source = 0, target = 0, bytes = 0;
-        bool each_row = false;
+        int64_t source = 0, target = 0, bytes = 0, row_bytes = 0;
+
+        uint32_t depth(int64_t rows) const;
+    };
+    struct Piece {
+        const Task* task;
+        uint32_t first, count;  // of z
     };
     class Program;
 
     void check(const Model& model) const;
     void release();
-    // Tasks of a submit, the copy of what comes with it first; `takes`: then rows of the residual stream are taken.
-    std::vector<const Task*> between(int64_t first, int64_t last, bool takes) const;
-    static std::vector<Operation> plan(const std::vector<const Task*>& tasks);
-    VkCommandBuffer record(int64_t rows, int64_t first, int64_t last, bool takes) const;
+    // Tasks of a step, the copy of what comes with it first; `takes`: then rows of the residual stream are taken.
+    std::vector<Piece> between(int64_t rows, int64_t first, int64_t last, bool takes) const;
+    std::vector<Operation> plan(const std::vector<Piece>& pieces) const;
+    VkCommandBuffer record(int64_t rows, const std::vector<Piece>& pieces) const;
+    uint64_t submit_parts(const Step& step, const std::vector<Piece>& pieces);
 
     Device& device_;
     Memory *scratch_ = nullptr, *mapped_ = nullptr, *parameters_ = nullptr;
     std::vector<Task> tasks_;
-    std::vector<int64_t> gates_;
+    std::vector<int64_t> gates_, sums_;
     std::vector<Span> spans_;
     Views views_{};
-    int64_t hidden_ = 0, rope_ = 0, tokens_ = 0;  // columns; rows of the embedding
-    int64_t io_ = 0, table_ = 0;           // in mapped memory: what comes with a step, and in it the table
-    int64_t taken_ = 0, told_ = 0;         // ... rows of the residual stream, what is told
+    int64_t rows_ = 0, hidden_ = 0, rope_ = 0, tokens_ = 0;  // of a step at most; columns; rows of the embedding
+    int64_t start_ = 0, stride_ = 0;  // in mapped memory, where what comes with a step is: its rows, of which each
+    int64_t taken_ = 0, told_ = 0;    // ... rows of the residual stream, what is told
+    double at_once_ = 0;              // products of a part of a step in tiles
     std::map<std::tuple<int64_t, int64_t, int64_t, bool>, VkCommandBuffer> recorded_;
     uint64_t last_ = 0;
 };

@@ -7,13 +7,13 @@ layout(buffer_reference, std430, buffer_reference_align = 8) readonly buffer Par
   uint64_t data, scale, given, y;
   uint kind, columns, tokens;
 };
-layout(push_constant) uniform Push { Parameters p; Io io; uint serial; };
+layout(push_constant) uniform Push { Parameters p; Io io; uint serial, first; };
 
 void main() {
-  uint t = gl_WorkGroupID.z, i = gl_GlobalInvocationID.x, count = p.columns / 4u;
+  uint t = gl_WorkGroupID.z + first, i = gl_GlobalInvocationID.x, count = p.columns / 4u;
   if (i >= count) return;
   Vectors y = Vectors(p.y);
-  int token = io.token[t];
+  int token = row_of(io, t).token;
   if (token < 0 || token >= p.tokens) {
     y.v[t * count + i] = Vectors(p.given).v[t * count + i];
     return;

@@ -7,12 +7,12 @@ layout(buffer_reference, std430, buffer_reference_align = 8) readonly buffer Par
   uint64_t logits, chosen;
   uint count;
 };
-layout(push_constant) uniform Push { Parameters s; Io io; uint serial; };
+layout(push_constant) uniform Push { Parameters s; Io io; uint serial, first; };
 shared float best[256];
 shared uint at[256];
 
 void main() {
-  uint i = gl_LocalInvocationIndex, t = gl_WorkGroupID.z;
+  uint i = gl_LocalInvocationIndex, t = gl_WorkGroupID.z + first;
   if (io.stop < serial) return;
   float top = -3.4e38;
   uint place = 0xfffffffeu;

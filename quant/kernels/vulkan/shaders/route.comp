@@ -10,11 +10,11 @@ layout(buffer_reference, std430, buffer_reference_align = 8) readonly buffer Par
   uint groups, kept, top_k, group_best, sigmoid, normalized, layer;
   float factor;
 };
-layout(push_constant) uniform Push { Parameters s; Io io; uint serial; };
+layout(push_constant) uniform Push { Parameters s; Io io; uint serial, first; };
 shared float scores[E], choice[E], group[E], chosen[E];
 
 void main() {
-  uint i = gl_LocalInvocationIndex, t = gl_WorkGroupID.z, width = E / s.groups;
+  uint i = gl_LocalInvocationIndex, t = gl_WorkGroupID.z + first, width = E / s.groups;
   if (io.stop < serial) return;
   float top = -3.0e38, total = 0.0;
   for (uint e = i; e < E; e += 128u) choice[e] = Floats(s.logits).f[t * E + e];
