@@ -34,16 +34,15 @@ AREAS = {
     ),
     "store": (
         "offload/experts/s*.py",
-        "offload/states offload/engine offload/misses offload/sharing offload/same_bits"
-        " offload/gpu_faults",
+        "offload/states offload/engine offload/sharing offload/same_bits offload/gpu_faults",
     ),
     "sessions": (
         "offload/sessions/*.py",
-        "offload/sessions offload/saves offload/durable offload/sequences",
+        "offload/sessions offload/durable offload/sequences tools/sessions",
     ),
     "state": (
         "slotmoe/*ta*.py",
-        "offload/plan offload/sequences offload/kinds offload/sessions model/families",
+        "offload/plan offload/sequences offload/sessions offload/same_bits model/families",
     ),
     "codecs": (
         "quant/codecs/*.py",

@@ -131,7 +131,7 @@ class SequenceState:
         length = min(length, self.length)
         exact = [length, *(at for tail in self._tails for at in tail.exact)]
         exact = [at for at in exact if all(tail.has(at) for tail in self._tails)]
-        return max((at for at in (*self.marks, *exact) if at <= length), default=0)
+        return max((at for at in (*self.marks, *exact) if 0 <= at <= length), default=0)
 
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens, which ``reach`` has said can be."""

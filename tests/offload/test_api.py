@@ -18,6 +18,7 @@ from slotmoe.offload.engine import loading
 from slotmoe.offload.runtime import Runtime
 from slotmoe.sizes import parse_size
 from tests.support.engine import IDS, until
+from tests.support.tiny import SAMPLE
 
 USER = {"role": "user", "content": "Call me"}
 CALL = {"type": "function", "function": {"name": "stop", "arguments": {}}}
@@ -43,7 +44,10 @@ OPTIONS = [
     ({"context": 0}, "max_position_embeddings"),
     ({"vram": "1GiB", "device": "cpu"}, "--vram"),
     ({"cache_policy": "magic"}, "lru"),
-    ({"threads": 0}, "threads"),
+    ({"threads": 0}, "threads is 0, expected 1 to 256"),
+    ({"sequences": 257}, "sequences is 257, expected 1 to 256"),
+    ({"path": SAMPLE, "quantize": False, "slots": 9}, "every expert resident; slots can't be give"),
+    ({"path": SAMPLE, "quantize": False, "sequences": 2}, "one sequence; sequences can't be given"),
     ({"device": "tpu"}, "tpu"),
 ]
 
@@ -87,7 +91,11 @@ def test_other_mistakes_are_sentences_too(runtime, sample_export, monkeypatch):
         (lambda: runtime.generate_all("Call me"), "prompts is 'Call me', expected a list"),
         (lambda: runtime.encode(5), "text is 5, expected text"),
         (lambda: runtime.generate(None), "one of the two"),
-        (lambda: runtime.generate(messages=[{"role": "user"}]), "expected a list of messages"),
+        (lambda: runtime.generate([USER]), "holds a dict, .*; give a conversation as messages="),
+        (lambda: runtime.generate(messages=[5]), r"messages is \[5\], expected a list of messages"),
+        (lambda: runtime.generate(messages=[USER, "x"]), "a message is 'x', expected"),
+        (lambda: runtime.generate(messages=[{**USER, "role": 5}]), "a message is .*, expected"),
+        (lambda: runtime.generate(messages=[USER, {"role": "user"}]), "a message is .*, expected"),
         (lambda: runtime.score([5, 4096]), "0 to 4095"),
     ):
         with pytest.raises(ConfigError, match=problem):
@@ -178,6 +186,10 @@ def test_a_shared_beginning_is_not_fed_again(alone):
         assert found.id == wanted_V.argmax()
         assert found.logprob == float(wanted_V.max() - wanted_V.logsumexp(dim=-1))
 
+    alone.logits(IDS)
+    tokens = alone.stats()["tokens"]
+    assert (tokens["prefill_tokens"], tokens["decode_tokens"]) == (60, 0)
+    assert tokens["prefill_seconds"] > tokens["decode_seconds"] == 0
     answer = [token.id for token in alone.generate(IDS, 20)]
     # The next message of a conversation; the answer's last token was never fed.
     feeds(IDS + answer + [7, 8, 9], 4)

@@ -108,7 +108,7 @@ class Pages:
     """A twin of ``Touching`` whose pages come when the test says so."""
 
     def __init__(self, memory, start):
-        self.memory, self.ready = memory, start
+        self.memory, self.ready, self.start = memory, start, start
 
     def finish(self):
         self.ready = len(self.memory)
@@ -126,11 +126,15 @@ def test_slots_grow_with_their_pages_and_results_stay_the_same(opened, wanted, m
         for id in IDS:
             rows.append(step([id]))
             assert len(slots.cache) <= slots.cache.slots <= planned
+            in_use = (len(slots.cache) + len(slots.store.staged)) * size
+            pages = touching.ready - touching.start + min(in_use, touching.start)
+            assert slots.present() == (len(slots.cache) * size, pages)
             touching.ready += size * planned // 90
         assert slots.memory().nbytes == slots.slab.nbytes  # waits for the last page
         assert slots._touching is None and len(slots.cache) < planned
         runtime.warm()
         assert len(slots.cache) == slots.cache.slots == planned and slots._touching is None
+        assert slots.present() == (planned * size, slots.slab.nbytes)
         whole(runtime)
         assert torch.equal(torch.cat(rows), wanted)
 

@@ -18,6 +18,7 @@ import xxhash
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions import store as store_module
 from slotmoe.offload.sessions.blocks import BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, remove
 from slotmoe.system import take_lock
@@ -108,16 +109,21 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
             assert count(other) == 0
             bits.add(other.stats()["sessions"]["bits"])
     assert len(bits) == 2
-    with monkeypatch.context() as patch:  # of another machine
-        patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SSE")
-        assert count(runtime) == 0
-    with monkeypatch.context() as patch:
-        patch.setitem(runtime.model.source.manifest, "source", {"files": "as they are elsewhere"})
-        assert count(runtime) == 199
-        patch.setitem(runtime.model.source.manifest, "layers", "of another export")
-        assert count(runtime) == 0
-    monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
-    assert count(runtime) == 0
+    model = runtime.model
+    for place, name, value, there in (
+        (model.source.manifest, "source", {"files": "as they are elsewhere"}, 199),
+        (model.source.manifest, "layers", "of another export", 0),
+        (vars(store_module), "version", lambda name: "9.9", 0),
+        (vars(torch), "__version__", "9.9", 0),
+        (vars(store_module), "load", lambda: SimpleNamespace(digest="of other kernels"), 0),
+        (vars(torch.backends.cpu), "get_cpu_capability", lambda: "SSE", 0),
+        (vars(model.device), "name", "another", 0),
+        (vars(model.backend), "name", "another", 0),
+        (vars(model.config), "num_experts_per_tok", 5, 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(place, name, value)
+            assert count(runtime) == there, name
     refused = pytest.raises(ConfigError, match="keeps no sessions")
     with Runtime.open(SAMPLE, quantize=False, context=64) as reference, refused:
         reference.keep_in(store[0])
@@ -221,7 +227,7 @@ def test_blocks_in_any_order_of_events(tmp_path, seed):
     chance, said, kept, harmed = random.Random(seed), [], [()], 0
     limit = chance.choice([1 << 30, 6000])
     for _ in range(40):
-        event = chance.choice(["restart", "add", "add", "read", "junk", "damage", "lost"])
+        event = chance.choice(["restart", "add", "add", "read", "junk", "damage", "cut", "lost"])
         if event == "restart" or len(kept) == 1:
             folders = [BlockFolder(tmp_path / "blocks", limit, said.append) for _ in range(2)]
             assert not [*tmp_path.rglob("*.tmp")]
@@ -240,7 +246,10 @@ def test_blocks_in_any_order_of_events(tmp_path, seed):
             path.with_name("notes-of-mine.txt").write_text("mine")
         elif event != "restart" and chance.random() < 0.3:
             path = chance.choice(paths)
-            flip(path, -1, 4) if event == "damage" else path.unlink()
+            if event == "cut":
+                os.truncate(path, chance.randrange(path.stat().st_size))
+            else:
+                flip(path, -1, 4) if event == "damage" else path.unlink()
             harmed += 1
         assert sum(path.stat().st_size for path in blocks_in(tmp_path)) <= folder.nbytes <= limit
     assert all("anew" in line or "have room" in line for line in said), said
@@ -254,6 +263,8 @@ def test_the_limit_evicts_what_was_unused_for_longest(tmp_path):
     """And of that the end first."""
     texts = [[*range(1000 * index, 1000 * index + 130)] for index in range(4)]
     probe = BlockFolder(tmp_path / "probe", 1 << 20, print)
+    assert fill(probe, [*range(9000, 9015)]) == 0  # too few to be worth a file
+    assert fill(BlockFolder(tmp_path / "few", 1 << 20, print), [*range(16)])
     assert fill(probe, texts[0][:100]) and fill(probe, texts[0])
     folder = BlockFolder(tmp_path / "blocks", 3 * probe.nbytes, pytest.fail)
     for index, tokens in enumerate(texts[:3]):

@@ -58,9 +58,16 @@ class Engine(RuleBasedStateMachine):
         errors = [s.read.error for s, read in self.store.coming() if read.urgency == FILL]
         try:
             full = self.slots._fill_free() is None
-            assert full <= (len(self.slots.cache) == min(self.slots.planned, ROWS * EXPERTS))
+            left = [read for _, read in self.store.coming() if read.urgency == FILL]
+            whole = len(self.slots.cache) == min(self.slots.planned, ROWS * EXPERTS)
+            assert not full or (whole and not left)
         except Broken:
             assert any(errors)
+
+    @rule()
+    def admit_guesses(self):
+        """Those that have arrived."""
+        self.slots.admit_guesses()
 
     @rule(row=ROW, experts=st.lists(EXPERT, unique=True), name=st.sampled_from(HORIZONS))
     def guess(self, row, experts, name):
