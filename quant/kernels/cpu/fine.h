@@ -85,7 +85,8 @@ SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int6
         }
 #pragma GCC unroll 2
         for (int a = 0; a < Tiles; a++)
-            if (ahead) prefetch_lines<kTile * kBlock>(packed + a * blocks * kTile * kBlock + kPrefetch, past);
+            if (ahead)
+                prefetch_lines<kTile * kBlock, Tiles == 1>(packed + a * blocks * kTile * kBlock + kPrefetch, past);
     }
     for (int i = 0; i < kAll; i++) {
         for (int chain = 1; chain < kChains; chain++)  // each alone may overflow

@@ -14,13 +14,20 @@ using W = Lanes::W;
 constexpr int kTokens = 128;
 constexpr int kManyTokens = 4;     // from here on two tiles share the loads of activations
 constexpr int kPrefetch = 6144;    // bytes ahead
+constexpr int kPages = 16384;      // as far ahead a line of each block is asked for, which starts the processor's own
+                                   // prefetching in a page before it is reached
 
-template <int Bytes>
+// Lines of weights. Those of one tile alone, for few tokens, are memory's to bring and go to the second-level cache, which
+// waits for more of them at once than the first; those of two tiles, for many, are near when they are wanted.
+template <int Bytes, bool Alone = false>
 inline void prefetch_lines(const void* p, bool past) {
     const char* at = static_cast<const char*>(p);
     if (past)
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch(at + line);
+    else if (Alone)
+#pragma GCC unroll 16
+        for (int line = 0; line < Bytes; line += 64) Lanes::prefetch_to_l2(at + line);
     else
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch_to_l1(at + line);
@@ -84,9 +91,11 @@ struct CodedTile {
         return kSums < kParts ? Lanes::add(total, sum) : Lanes::fma(sum, scale, total);
     }
     // The block kAhead after this one, or one `skipped` blocks, of a tile, behind that.
+    template <bool Alone = true>
     void prefetch(int64_t skipped = 0) const {
-        prefetch_lines<kBytes>(codes + (kAhead + skipped) * kBytes, past);
-        prefetch_lines<1>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0), past);
+        if (Alone) Lanes::prefetch_to_l2(codes + kPages);
+        prefetch_lines<kBytes, Alone>(codes + (kAhead + skipped) * kBytes, past);
+        prefetch_lines<1, Alone>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0), past);
     }
     void next(int64_t blocks = 1) { codes += blocks * kBytes, scales += blocks * Scales::kBytes; }
 };
@@ -102,7 +111,11 @@ struct Int8Tile {
     void load_scales(F* out) const { *out = Lanes::zero(); }  // its scale is per row, applied at the end
     static F number(const Lanes::I& dot, F) { return Lanes::to_float(dot); }
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
-    void prefetch(int64_t skipped = 0) const { prefetch_lines<kBytes>(packed + (kAhead + skipped) * kBytes, past); }
+    template <bool Alone = true>
+    void prefetch(int64_t skipped = 0) const {
+        if (Alone) Lanes::prefetch_to_l2(packed + kPages);
+        prefetch_lines<kBytes, Alone>(packed + (kAhead + skipped) * kBytes, past);
+    }
     void next() { packed += kBytes; }
 };
 
@@ -223,7 +236,7 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 #endif
             tile.load_scales(scale[a]);
             // Behind the first tile's end comes the second one, which is being read: the next two lie behind that.
-            tile.prefetch(Tiles > 1 && b + Tile::kAhead >= blocks ? blocks : 0);
+            tile.template prefetch<Tiles == 1>(Tiles > 1 && b + Tile::kAhead >= blocks ? blocks : 0);
         }
         int64_t token = 0;
         for (; token + kAtOnce <= n; token += kAtOnce)
