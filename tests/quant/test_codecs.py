@@ -117,13 +117,19 @@ def test_instruction_sets_agree(codec):
     plain C++ does in two."""
     rng = np.random.default_rng(1)
     weight, _ = random_codes(rng, codec, 90, 700)
-    matrix, x = Matrix.of(weight), torch_of(rng.standard_normal((40, 700)))
-    every = by_each_set(lambda: native.linear(matrix, x))
-    results, fine = every[len(TWO_DIGITS) :], every[: len(TWO_DIGITS)]
+    for columns in (1023, 1024):  # from which on `amx` has two digits
+        wide = Matrix.of(random_codes(rng, codec, 90, columns)[0])
+        x = torch_of(rng.standard_normal((40, columns)))
+        every = dict(
+            zip(ISAS, by_each_set(lambda wide=wide, x=x: native.linear(wide, x)), strict=True)
+        )
+        fine = [every.pop(isa) for isa in TWO_DIGITS if columns == 1024 or isa == "amx_plain"]
+        results = [*every.values()]
+        assert all(torch.equal(got, results[0]) for got in results[:-1])
+        assert relative(results[-1], results[0]) < 1e-6
+        assert all(torch.equal(got, fine[0]) and relative(got, results[0]) < 0.02 for got in fine)
+        assert not any(torch.equal(got, results[0]) for got in fine)
     source = torch_of(rng.standard_normal((90, 700)))
-    assert all(torch.equal(got, results[0]) for got in results[:-1])
-    assert relative(results[-1], results[0]) < 1e-6
-    assert all(torch.equal(got, fine[0]) and relative(got, results[0]) < 0.02 for got in fine)
     int8 = Int8Weight(*native.quantize_int8.results(source))
     kv_b = native.tile_absorbed(int8, (20, 25), new)
     q = torch_of(rng.standard_normal((40, 2, 20)))

@@ -52,7 +52,7 @@ Levels fit_levels(const float* levels, bool offsets) {
 }  // namespace
 
 // Held under the job: the last few level tables.
-const Levels& slotmoe::levels_for(const Isa& isa, int64_t kind, const float* levels) {
+const Levels& slotmoe::levels_for(const Products& by, int64_t kind, const float* levels) {
     static const Levels whole[] = {{{-16, -14, -12, -10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 10, 12, 14}, 0.0f, 1.0},
                                    {{-32, -28, -24, -20, -16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 28}, 0.0f, 1.0}};
     if (const int low = low_bits(kind)) return whole[low - 1];
@@ -64,11 +64,11 @@ const Levels& slotmoe::levels_for(const Isa& isa, int64_t kind, const float* lev
     static Entry cache[8];
     static int next = 0;
     for (const Entry& e : cache)
-        if (e.used && e.fine == isa.fine && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
+        if (e.used && e.fine == by.fine && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
     Entry& e = cache[next];
     next = (next + 1) % 8;
     memcpy(e.key, levels, sizeof e.key);
-    e.fine = isa.fine;
+    e.fine = by.fine;
     e.value = fit_levels(levels, !e.fine);
     e.used = true;
     return e.value;
@@ -158,41 +158,42 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
                   const float* others, float* y) {
     const Matrix* w = mlp->matrix;
     const int64_t h = w[0].k, i = w[0].n, in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
-    const Levels levels = is_coded(w[0].kind) ? levels_for(isa, w[0].kind, w[0].levels) : Levels{};
+    const Products& by = isa.products(h);
+    const Levels levels = is_coded(w[0].kind) ? levels_for(by, w[0].kind, w[0].levels) : Levels{};
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
-        const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);
+        const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, by);
         double* x_factor = job.scratch<double>(kXFactor, rows);
         float* gate = job.scratch<float>(kGate, rows * i);
         float* up = job.scratch<float>(kUp, rows * i);
         const int64_t copies = rows == 1 ? job.threads() : 1;
-        const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, isa.fine);
+        const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, by);
         double* act_factor = job.scratch<double>(kActFactor, copies * rows);
         float* share = job.scratch<float>(kOuts, rows);  // of each row's result
         job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-            isa.quantize_rows(x + pass * h, h, begin, end, rows, levels.offset, x_blocks, x_factor);
+            by.quantize_rows(x + pass * h, h, begin, end, rows, levels.offset, x_blocks, x_factor);
             if (!mlp->output_gate) return;
             const float *in = x + (pass + begin) * h, *w = mlp->output_gate;
             isa.linear_dense(in, end - begin, h, w, Source::f32, 0, 1, share + begin, 1);
             for (int64_t row = begin; row < end; row++) share[row] = float(1 / (1 + std::exp(-double(share[row]))));
         });
         job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
-            multiply_tiles(isa, w[0], levels, x_blocks, x_factor, rows, begin, end, gate);
-            multiply_tiles(isa, w[1], levels, x_blocks, x_factor, rows, begin, end, up);
+            multiply_tiles(by, w[0], levels, x_blocks, x_factor, rows, begin, end, gate);
+            multiply_tiles(by, w[1], levels, x_blocks, x_factor, rows, begin, end, up);
             const int64_t first = begin * kTile, n = (end * kTile < i ? end * kTile : i) - first;
             for (int64_t row = 0; row < rows; row++)
                 isa.activate(gate + row * i + first, up + row * i + first, mlp->activation, gate + row * i + first, n);
         });
         if (rows > 1)
             job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-                isa.quantize_rows(gate, i, begin, end, rows, levels.offset, act, act_factor);
+                by.quantize_rows(gate, i, begin, end, rows, levels.offset, act, act_factor);
             });
         job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
             const Blocks blocks = rows == 1 ? act + thread * out_blocks : act;
             double* factor = rows == 1 ? act_factor + thread : act_factor;
             // Each thread quantizes one token's activations for itself: cheaper than another phase.
-            if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
-            multiply_tiles(isa, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
+            if (rows == 1) by.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
+            multiply_tiles(by, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
             for (int64_t row = pass; row < pass + rows; row++) {
                 const int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
                 for (int64_t j = at; mlp->output_gate && j < last; j++) y[j] *= share[row - pass];
@@ -272,21 +273,22 @@ void activate(const Isa& isa, const Record& record, const Expert& expert, int64_
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
                       int64_t k, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels& in_levels = levels_for(isa, record.gate_up, record.gate_up_levels);
-    const Levels& out_levels = levels_for(isa, record.down, record.down_levels);
+    const Products& by = isa.products(h);
+    const Levels& in_levels = levels_for(by, record.gate_up, record.gate_up_levels);
+    const Levels& out_levels = levels_for(by, record.down, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
     const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
-    const Blocks x_blocks = scratch_blocks(job, kX, in_blocks, isa.fine);
+    const Blocks x_blocks = scratch_blocks(job, kX, in_blocks, by);
     double* x_factor = job.scratch<double>(kXFactor, 1);
     float* gate = job.scratch<float>(kGate, k * i);
     float* up = job.scratch<float>(kUp, k * i);
-    const Blocks act = scratch_blocks(job, kAct, job.threads() * act_blocks, isa.fine);
+    const Blocks act = scratch_blocks(job, kAct, job.threads() * act_blocks, by);
 
-    isa.quantize_rows(x, h, 0, 1, 1, in_levels.offset, x_blocks, x_factor);
+    by.quantize_rows(x, h, 0, 1, 1, in_levels.offset, x_blocks, x_factor);
     job.each_part(k, in_tiles, [&](int, int64_t e, int64_t begin, int64_t end) {
         const Expert expert = expert_at(records[e], record);
-        isa.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, begin, end, gate + e * i, i);
-        isa.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, begin, end, up + e * i, i);
+        by.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, begin, end, gate + e * i, i);
+        by.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, begin, end, up + e * i, i);
         const int64_t row = begin * kTile, count = (end * kTile < i ? end * kTile : i) - row;
         activate(isa, record, expert, row, count, gate + e * i + row, up + e * i + row);
     });
@@ -299,12 +301,12 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
         const Blocks blocks = act + thread * act_blocks;
         double* factor = &held[thread].factor;
         if (held[thread].expert != e)
-            isa.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
+            by.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
         held[thread].expert = e;
         const int64_t row = begin * kTile, count = (end * kTile < h ? end * kTile : h) - row;
         const Expert expert = expert_at(records[e], record);
         float* out = y + rows[e] * h;
-        isa.coded_tiles(expert.down, out_levels, blocks, factor, 1, begin, end, out, h);
+        by.coded_tiles(expert.down, out_levels, blocks, factor, 1, begin, end, out, h);
         add(expert.down_bias, row, count, out + row);
     });
 }
@@ -325,20 +327,21 @@ struct Part {
 void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows,
                   const Part* parts, int64_t count, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels& in_levels = levels_for(isa, record.gate_up, record.gate_up_levels);
-    const Levels& out_levels = levels_for(isa, record.down, record.down_levels);
+    const Products& by = isa.products(h);
+    const Levels& in_levels = levels_for(by, record.gate_up, record.gate_up_levels);
+    const Levels& out_levels = levels_for(by, record.down, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
-    const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);  // part by part, [B, rows] each
+    const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, by);  // part by part, [B, rows] each
     double* x_factor = job.scratch<double>(kXFactor, rows);
     float* gate = job.scratch<float>(kGate, rows * i);
     float* up = job.scratch<float>(kUp, rows * i);
-    const Blocks act = scratch_blocks(job, kAct, rows * act_blocks, isa.fine);
+    const Blocks act = scratch_blocks(job, kAct, rows * act_blocks, by);
     double* act_factor = job.scratch<double>(kActFactor, rows);
     float* outs = job.scratch<float>(kOuts, rows * h);
     const auto quantize = [&](const float* in, int64_t k, int64_t row, float offset, Blocks blocks,
                               double* factor) {
         const Part& part = parts[part_of[row]];
-        isa.quantize_rows(in, k, 0, 1, part.rows, offset,
+        by.quantize_rows(in, k, 0, 1, part.rows, offset,
                           blocks + (part.first * up_to(k, kBlock) + row - part.first), factor + row);
     };
     job.each(rows, [&](int, int64_t row) {
@@ -348,8 +351,8 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
         const Part& part = parts[p];
         const Blocks blocks = x_blocks + part.first * in_blocks;
         float *g = gate + part.first * i, *u = up + part.first * i;
-        isa.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, begin, end, g, i);
-        isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, begin, end, u, i);
+        by.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, begin, end, g, i);
+        by.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, begin, end, u, i);
         const int64_t column = begin * kTile, columns = (end * kTile < i ? end * kTile : i) - column;
         for (int64_t at = column; at < part.rows * i; at += i)
             activate(isa, record, part.expert, column, columns, g + at, u + at);
@@ -360,7 +363,7 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
     job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
         for (int64_t p = 0; p < count; p++) {
             const Part& part = parts[p];
-            isa.coded_tiles(part.expert.down, out_levels, act + part.first * act_blocks, act_factor + part.first,
+            by.coded_tiles(part.expert.down, out_levels, act + part.first * act_blocks, act_factor + part.first,
                             part.rows, begin, end, outs + part.first * h, h);
         }
         const int64_t column = begin * kTile, columns = (end * kTile < h ? end * kTile : h) - column;

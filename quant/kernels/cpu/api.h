@@ -34,13 +34,13 @@ struct Blocks {
     Blocks operator+(int64_t count) const { return {p + count * bytes, bytes}; }
     operator void*() const { return p; }
 };
-inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, bool fine) {
-    const int64_t bytes = fine ? sizeof(FineBlock) : sizeof(ActBlock);
+inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, const Products& by) {
+    const int64_t bytes = by.fine ? sizeof(FineBlock) : sizeof(ActBlock);
     return {job.scratch<uint8_t>(slot, count * bytes), bytes};
 }
 
 const Isa& best_isa();
-const Levels& levels_for(const Isa& isa, int64_t kind, const float* levels);  // valid for the job
+const Levels& levels_for(const Products& by, int64_t kind, const float* levels);  // valid for the job
 bool finite(const float* levels);
 
 // What body(job, isa) returns, kOk if that is nothing.
@@ -346,10 +346,10 @@ void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weig
                   float* y);
 
 // Quantized rows times the tiles begin..end of a quantized matrix -> y [t, n].
-inline void multiply_tiles(const Isa& isa, const Matrix& w, const Levels& levels, const void* blocks,
+inline void multiply_tiles(const Products& by, const Matrix& w, const Levels& levels, const void* blocks,
                            const double* factor, int64_t t, int64_t begin, int64_t end, float* y) {
-    if (is_coded(w.kind)) return isa.coded_tiles(w.as_coded(), levels, blocks, factor, t, begin, end, y, w.n);
-    isa.int8_tiles(w.as_int8(), blocks, factor, t, begin, end, y, w.n);
+    if (is_coded(w.kind)) return by.coded_tiles(w.as_coded(), levels, blocks, factor, t, begin, end, y, w.n);
+    by.int8_tiles(w.as_int8(), blocks, factor, t, begin, end, y, w.n);
 }
 
 // Rows x [t, k] times a matrix, plus bias [n] unless that is null, -> y [t, n], their activations quantized as the
@@ -359,15 +359,15 @@ class Product {
 public:
     Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y,
             const float* bias = nullptr, Slot blocks = kX, Slot factor = kXFactor, int64_t groups = 1)
-        : isa_(isa), w_(w), x_(x), t_(t), y_(y), bias_(bias), groups_(groups) {
+        : isa_(isa), by_(isa.products(w.k)), w_(w), x_(x), t_(t), y_(y), bias_(bias), groups_(groups) {
         if (!w.quantized()) return;
-        if (is_coded(w.kind)) levels_ = levels_for(isa, w.kind, w.levels);
+        if (is_coded(w.kind)) levels_ = levels_for(by_, w.kind, w.levels);
         const int64_t size = up_to(w.k, kBlock);
-        blocks_ = scratch_blocks(job, blocks, t * groups * size, isa.fine);
+        blocks_ = scratch_blocks(job, blocks, t * groups * size, by_);
         factor_ = job.scratch<double>(factor, t * groups);
         job.each(t * groups, [&](int, int64_t row) {
             const int64_t group = row % groups, token = row / groups;
-            isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
+            by_.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
                               factor_ + group * t + token);
         });
     }
@@ -389,7 +389,7 @@ private:
         const int64_t rows = end * kTile < w_.n ? end * kTile : w_.n;
         const Source source = Source(w_.kind - kF32);
         if (w_.quantized())
-            multiply_tiles(isa_, w_, levels_, blocks_ + group * t_ * up_to(w_.k, kBlock), factor_ + group * t_, t_,
+            multiply_tiles(by_, w_, levels_, blocks_ + group * t_ * up_to(w_.k, kBlock), factor_ + group * t_, t_,
                            begin, end, y_);
         else if (groups_ == 1)
             isa_.linear_dense(x_, t_, w_.k, w_.data, source, begin * kTile, rows, y_, w_.n);
@@ -401,6 +401,7 @@ private:
     }
 
     const Isa& isa_;
+    const Products& by_;
     const Matrix& w_;
     const float* x_;
     int64_t t_;

@@ -200,12 +200,12 @@ struct Absorption {
             for (int64_t i = 0; i < count; i++) {
                 const float* in = x + ((first + i) * w.heads + head) * ldx;
                 for (int64_t j = 0; columns && j < k; j++) row[j] = in[j] * columns[j];
-                isa.quantize_fine(columns ? row : in, k, 0, 1, count, 0.0f, rows + i, factors + i);
+                isa.fine.quantize_rows(columns ? row : in, k, 0, 1, count, 0.0f, rows + i, factors + i);
             }
             const int8_t* packed = (values ? w.value : w.query) + head * tiles * blocks * kTile * kBlock;
             const float* scale = values ? w.value_scale + head * n : w.ones;
             float* y = out + (first * w.heads + head) * ldo;
-            isa.fine_tiles({packed, scale, n, blocks}, rows, factors, count, 0, tiles, y, w.heads * ldo);
+            isa.fine.int8_tiles({packed, scale, n, blocks}, rows, factors, count, 0, tiles, y, w.heads * ldo);
         }
     }
 };

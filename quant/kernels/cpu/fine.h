@@ -3,6 +3,10 @@
 // among others, and on every instruction set.
 //
 // Shapes: x [T, K]; blocks [B, T]; W tiles of 16 rows; y [T, ldy].
+#ifndef SLOTMOE_DOT_ONCE
+#define SLOTMOE_DOT_ONCE Lanes::dot
+#endif
+
 namespace slotmoe {
 namespace {
 
@@ -10,19 +14,17 @@ constexpr float kMostFine = 16256.0f;  // 128 * 127: both digits fit 8 bits
 
 // One block of a row; v times both factors are integers within kMostFine. `sums` of digits, of the blocks before.
 inline void fine_block(const float* v, float first, float second, FineBlock* out, int32_t* sums) {
-    int32_t q[kBlock], of_digits[2] = {}, halves[2] = {};
-    for (int i = 0; i < kBlock; i++) q[i] = int32_t(round_even(v[i] * first * second));
-    for (int i = 0; i < kBlock; i++) {
-        const int32_t high = (q[i] + 64) >> 7, low = q[i] - 128 * high;
-        out->digit[0][i] = int8_t(high), out->digit[1][i] = int8_t(low);
-        of_digits[0] += high, of_digits[1] += low;
+    for (int half = 0; half < 2; half++) {
+        int32_t sum = 0, of_high = 0;
+        for (int i = half * kBlock / 2; i < (half + 1) * kBlock / 2; i++) {
+            const int32_t q = int32_t(round_even(v[i] * first * second)), high = (q + 64) >> 7;
+            out->digit[0][i] = int8_t(high), out->digit[1][i] = int8_t(q - 128 * high);
+            sum += q, of_high += high;
+        }
+        out->bias[half] = -Lanes::kWeightOffset * sum;
+        sums[0] += of_high, sums[1] += sum - 128 * of_high;
     }
-    for (int half = 0; half < 2; half++)
-        for (int i = 0; i < kBlock / 2; i++) halves[half] += q[half * kBlock / 2 + i];
-    for (int i = 0; i < 2; i++) {
-        out->sum[i] = sums[i] += of_digits[i];
-        out->bias[i] = -Lanes::kWeightOffset * halves[i];
-    }
+    memcpy(out->sum, sums, sizeof out->sum);
 }
 
 // No levels of weights have an offset here.
@@ -49,53 +51,65 @@ void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_
 
 // 128 times sums of high digits and those of low ones, of the rows of a tile; y of one token.
 inline void write_fine(const int32_t* high, const int32_t* low, const Int8Matrix& w, int64_t tile, double factor,
-                       float* y) {
-    const int64_t row = tile * kTile, lanes = w.n - row < kTile ? w.n - row : kTile;
-    for (int64_t lane = 0; lane < lanes; lane++)
+                       float* __restrict y) {
+    const int64_t row = tile * kTile, lanes = w.n - row;
+    const auto write = [&](int64_t lane) {
         y[row + lane] = float((128.0 * high[lane] + low[lane]) * (double(w.scale[row + lane]) * factor));
+    };
+    for (int64_t lane = 0; lane < lanes && lanes < kTile; lane++) write(lane);
+    for (int64_t lane = 0; lane < kTile && lanes >= kTile; lane++) write(lane);  // so many become vectors
 }
 
-// `Tiles` neighbouring tiles with all columns of `Tokens` tokens: sums [tiles, tokens, 2 digits]. A token alone has
-// several sums side by side, or each instruction would wait for the one before.
+// `Tokens` tokens by `Tiles` neighbouring tiles at a time. Few tokens have several sums side by side, or each instruction
+// would wait for the one before.
 template <int Tiles, int Tokens>
-SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int64_t t, int64_t blocks, bool ahead,
-                                  int32_t (*sums)[2][kTile]) {
-    const bool past = past_l2();
+SLOTMOE_NOINLINE void fine_tokens(const Int8Matrix& w, const FineBlock* x, const double* factor, int64_t t,
+                                  int64_t begin, int64_t end, bool ahead, float* y, int64_t ldy) {
     constexpr int kAll = Tiles * Tokens * 2, kChains = Lanes::kTokensAtOnce == 4 && Tokens < 3 ? 4 / Tokens : 1;
-    Lanes::I dots[kAll][kChains];
-    const FineBlock* last = x + (blocks - 1) * t;
+    const bool past = past_l2();
+    const int64_t apart = w.blocks * kTile * kBlock;
+    const int8_t* packed = w.packed + begin * apart;
+    for (int64_t tile = begin; tile < end; tile += Tiles, packed += (Tiles - 1) * apart) {
+        Lanes::I dots[kAll][kChains];
+        const FineBlock *last = x + (w.blocks - 1) * t, *block = x;
 #pragma GCC unroll 16
-    for (int i = 0; i < kAll; i++)
+        for (int i = 0; i < kAll; i++)
 #pragma GCC unroll 4
-        for (int chain = 0; chain < kChains; chain++)
-            dots[i][chain] = Lanes::start(chain ? 0 : -Lanes::kWeightOffset * last[i / 2 % Tokens].sum[i % 2]);
-    for (int64_t b = 0; b < blocks; b++, packed += kTile * kBlock, x += t) {
+            for (int chain = 0; chain < kChains; chain++)
+                dots[i][chain] = Lanes::start(chain ? 0 : -Lanes::kWeightOffset * last[i / 2 % Tokens].sum[i % 2]);
+        for (int64_t b = 0; b < w.blocks; b++, packed += kTile * kBlock, block += t) {
 #pragma GCC unroll 16
-        for (int c = 0; c < 16; c++) {
-            W w[Tiles];
+            for (int c = 0; c < 16; c++) {
+                W of[Tiles];
 #pragma GCC unroll 2
-            for (int a = 0; a < Tiles; a++) w[a] = Lanes::weights(packed + a * blocks * kTile * kBlock + 64 * c);
+                for (int a = 0; a < Tiles; a++) of[a] = Lanes::weights(packed + a * apart + 64 * c);
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * Tokens; i++)
+                for (int i = 0; i < 2 * Tokens; i++)
 #pragma GCC unroll 2
-                for (int a = 0; a < Tiles; a++) {
-                    Lanes::I& dot = dots[2 * Tokens * a + i][c % kChains];
-                    dot = Lanes::dot(dot, w[a], x[i / 2].digit[i % 2] + 4 * c);
-                }
+                    for (int a = 0; a < Tiles; a++) {
+                        Lanes::I& dot = dots[2 * Tokens * a + i][c % kChains];
+                        const int8_t* x4 = block[i / 2].digit[i % 2] + 4 * c;
+                        dot = Tiles > 1 ? Lanes::dot(dot, of[a], x4) : SLOTMOE_DOT_ONCE(dot, of[a], x4);
+                    }
+            }
+            for (int a = 0; a < Tiles && ahead; a++) {
+                if (Tiles == 1) Lanes::prefetch_to_l2(packed + kPages);
+                prefetch_lines<kTile * kBlock, Tiles == 1>(packed + a * apart + kPrefetch, past);
+            }
         }
-#pragma GCC unroll 2
-        for (int a = 0; a < Tiles; a++)
-            if (ahead)
-                prefetch_lines<kTile * kBlock, Tiles == 1>(packed + a * blocks * kTile * kBlock + kPrefetch, past);
-    }
-    for (int i = 0; i < kAll; i++) {
-        for (int chain = 1; chain < kChains; chain++)  // each alone may overflow
-            dots[i][0] = Lanes::add_bytes(dots[i][0], reinterpret_cast<const uint8_t*>(&dots[i][chain]));
-        memcpy(sums[i / 2][i % 2], &dots[i][0], sizeof dots[i][0]);
+        alignas(64) int32_t sums[kAll][kTile];
+        for (int i = 0; i < kAll; i++) {
+            for (int chain = 1; chain < kChains; chain++)  // each alone may overflow
+                dots[i][0] = Lanes::add_bytes(dots[i][0], reinterpret_cast<const uint8_t*>(&dots[i][chain]));
+            memcpy(sums[i], &dots[i][0], sizeof sums[i]);
+        }
+        for (int i = 0; i < kAll; i += 2)
+            write_fine(sums[i], sums[i + 1], w, tile + i / 2 / Tokens, factor[i / 2 % Tokens],
+                       y + i / 2 % Tokens * ldy);
     }
 }
 
-// Up to kFineColumns.
+// Up to kFineColumns, and few tokens.
 void fine_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
                 float* y, int64_t ldy) {
     const FineBlock* x = static_cast<const FineBlock*>(blocks);
@@ -103,24 +117,13 @@ void fine_tiles(const Int8Matrix& w, const void* blocks, const double* factor, i
     constexpr decltype(&fine_tokens<1, 1>) kRuns[] = {
         fine_tokens<1, 1>, fine_tokens<1, (kAtOnce < 2 ? kAtOnce : 2)>, fine_tokens<1, (kAtOnce < 3 ? kAtOnce : 3)>,
         fine_tokens<1, kAtOnce>};
-    alignas(64) int32_t sums[kTiles * kAtOnce][2][kTile];
-    for (int64_t first = 0; first < t; first += kTokens) {
-        const int64_t stop = t - first < kTokens ? t : first + kTokens;
-        for (int64_t i = begin, tiles; i < end; i += tiles) {
-            tiles = stop - first < kManyTokens || end - i < kTiles ? 1 : kTiles;
-            const int8_t* packed = w.packed + i * w.blocks * kTile * kBlock;
-            for (int64_t token = first, count; token < stop; token += count) {
-                count = stop - token < kAtOnce ? stop - token : kAtOnce;
-                if (tiles > 1 && count == kAtOnce)
-                    fine_tokens<kTiles, kAtOnce>(packed, x + token, t, w.blocks, token == first, sums);
-                else
-                    for (int64_t a = 0; a < tiles; a++)
-                        kRuns[count - 1](packed + a * w.blocks * kTile * kBlock, x + token, t, w.blocks,
-                                         token == first, sums + a * count);
-                for (int64_t a = 0; a < tiles * count; a++)
-                    write_fine(sums[a][0], sums[a][1], w, i + a / count, factor[token + a % count],
-                               y + (token + a % count) * ldy);
-            }
+    if (t == 1) return kRuns[0](w, x, factor, t, begin, end, true, y, ldy);
+    for (int64_t i = begin, tiles; i < end; i += tiles) {
+        tiles = t < kManyTokens || end - i < kTiles ? 1 : kTiles;
+        for (int64_t token = 0, count; token < t; token += count) {
+            count = t - token < kAtOnce ? t - token : kAtOnce;
+            (tiles > 1 && count == kAtOnce ? fine_tokens<kTiles, kAtOnce> : kRuns[count - 1])(
+                w, x + token, factor + token, t, i, i + tiles, token == 0, y + token * ldy, ldy);
         }
     }
 }

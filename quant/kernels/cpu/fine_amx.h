@@ -1,6 +1,5 @@
-// Rows in two digits on the sets `amx` and `amx_plain`: all their products of int8 and coded matrices. Few rows take
-// VNNI, many take tiles. The integers are the same, and so are the floats of a coded product and their order:
-//   sum over blocks, or halves of blocks that have scales of their own, of scale * float(128 high + low)
+// Rows in two digits by AMX. Few rows take VNNI, many take tiles. The integers are the same, and so are the floats of a
+// coded product and their order: sum over the pieces of scale * float(128 high + low).
 //
 // A tile of 16 rows of W is a B tile of AMX as it stands, a block at a time. What binds: a product of tiles takes 16
 // cycles, storing one 16 more, and beside tiles vector arithmetic has one port. So int8 stays in tiles, and codes leave
@@ -14,7 +13,6 @@ constexpr int64_t kTileTokens = 4;  // from here on tiles are faster, of codes
 constexpr int kGroup = 8;           // tiles of tokens that pass over unpacked weights
 constexpr int kChunk = 4;           // blocks whose activations and unpacked weights stay in the first-level cache
 constexpr int kPanel = 64;          // tiles of float sums that stay in the second-level one
-constexpr int kSpan = 8;            // blocks of int8 that stay in the first-level cache
 constexpr int kA0 = 4, kA1 = 5, kB0 = 6, kB1 = 7;  // tiles; 0 to 3 are sums
 constexpr int kTileSums = kTile * kTileRows;       // of a tile
 
@@ -41,23 +39,17 @@ struct TokenTiles {
 
 // --- int8
 
-// Blocks begin..end of two tiles of W and one of tokens; sums [2 tiles of W, 2 digits], which go on from those before.
-inline void int8_span(const int8_t* w0, const int8_t* w1, const FineBlock* x, int64_t t, int64_t begin, int64_t end,
-                      bool ahead, int32_t (*sums)[kTileSums]) {
-    if (begin == 0) {
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    } else {
-        tile_load<0>(sums[0], 64), tile_load<1>(sums[1], 64), tile_load<2>(sums[2], 64), tile_load<3>(sums[3], 64);
-    }
-    for (int64_t b = begin; b < end; b++) {
-        const int8_t(*digit)[kBlock] = x[b * t].digit;
-        const int8_t *first = w0 + b * kTile * kBlock, *second = w1 + b * kTile * kBlock;
-        tile_load<kA0>(digit[0], sizeof *x), tile_load<kB0>(first, 64), tile_dot<int8_t, int8_t, 0, kA0, kB0>();
-        tile_load<kA1>(digit[1], sizeof *x), tile_dot<int8_t, int8_t, 1, kA1, kB0>();
-        tile_load<kB1>(second, 64), tile_dot<int8_t, int8_t, 2, kA0, kB1>(), tile_dot<int8_t, int8_t, 3, kA1, kB1>();
-        if (!ahead) continue;
-        prefetch_lines<kTile * kBlock>(first + 4 * kTile * kBlock, false);
-        prefetch_lines<kTile * kBlock>(second + 4 * kTile * kBlock, false);
+// Two tiles of W and one of tokens -> sums [2 tiles of W, 2 digits].
+inline void int8_sums(const int8_t* w0, const int8_t* w1, const FineBlock* x, int64_t t, int64_t blocks, bool ahead,
+                      int32_t (*sums)[kTileSums]) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int64_t b = 0; b < blocks; b++, x += t, w0 += kTile * kBlock, w1 += kTile * kBlock) {
+        tile_load<kA0>(x->digit[0], sizeof *x), tile_load<kB0>(w0, 64), tile_dot<int8_t, int8_t, 0, kA0, kB0>();
+        tile_load<kA1>(x->digit[1], sizeof *x), tile_dot<int8_t, int8_t, 1, kA1, kB0>();
+        tile_load<kB1>(w1, 64), tile_dot<int8_t, int8_t, 2, kA0, kB1>(), tile_dot<int8_t, int8_t, 3, kA1, kB1>();
+        for (int row = 0; row < kTileRows; row++) prefetch_lines<2 * kBlock>(x + t + row, false);
+        constexpr int kSize = kTile * kBlock;
+        if (ahead) prefetch_lines<kSize>(w0 + 4 * kSize, false), prefetch_lines<kSize>(w1 + 4 * kSize, false);
     }
     tile_store<0>(sums[0], 64), tile_store<1>(sums[1], 64), tile_store<2>(sums[2], 64), tile_store<3>(sums[3], 64);
 }
@@ -67,83 +59,87 @@ void int8_by_tiles(const Int8Matrix& w, const void* blocks, const double* factor
     if (t < kTileTokens) return fine_tiles(w, blocks, factor, t, begin, end, y, ldy);
     const FineBlock* x = static_cast<const FineBlock*>(blocks);
     const TokenTiles tokens(t);
-    alignas(64) int32_t sums[kGroup][4][kTileSums];
+    alignas(64) int32_t sums[4][kTileSums];
     tokens.shape(1);
-    for (int64_t group = 0; group < tokens.count; group += kGroup) {
-        const int64_t last = tokens.count - group < kGroup ? tokens.count : group + kGroup;
-        const int64_t span = last - group == 1 ? w.blocks : kSpan;
-        for (int64_t i = begin; i < end; i += 2) {
-            const int64_t second = i + 1 < end ? i + 1 : i;
-            const auto at = [&](int64_t tile) { return w.packed + tile * w.blocks * kTile * kBlock; };
-            for (int64_t b = 0; b < w.blocks; b += span) {
-                const int64_t stop = w.blocks - b < span ? w.blocks : b + span;
-                for (int64_t a = group; a < last; a++) {
-                    int32_t(*of_tile)[kTileSums] = sums[a - group];
-                    int8_span(at(i), at(second), x + tokens.first(a), t, b, stop, a == group, of_tile);
-                    if (stop < w.blocks) continue;
-                    for (int64_t tile = i; tile <= second; tile++)
-                        for (int64_t row = 0; row < tokens.rows; row++) {
-                            const int32_t* high = of_tile[2 * (tile - i)] + row * kTile;
-                            const int64_t token = tokens.first(a) + row;
-                            write_fine(high, high + kTileSums, w, tile, factor[token], y + token * ldy);
-                        }
-                }
+    for (int64_t group = 0; group < tokens.count; group += kGroup)
+        for (int64_t i = begin; i < end; i += 2)
+            for (int64_t a = group; a < tokens.count && a < group + kGroup; a++) {
+                const int64_t second = i + 1 < end ? i + 1 : i, first = tokens.first(a);
+                const auto at = [&](int64_t tile) { return w.packed + tile * w.blocks * kTile * kBlock; };
+                int8_sums(at(i), at(second), x + first, t, w.blocks, a == group, sums);
+                for (int64_t tile = i; tile <= second; tile++)
+                    for (int64_t row = 0; row < tokens.rows; row++) {
+                        const int32_t* high = sums[2 * (tile - i)] + row * kTile;
+                        write_fine(high, high + kTileSums, w, tile, factor[first + row], y + (first + row) * ldy);
+                    }
             }
-        }
-    }
     tile_release();
 }
 
 // --- codes
 
-// An exponent's power of two, which `Lanes::times` wants otherwise, may be less than a normal float.
 template <class Tile>
 inline void piece_scales(const Tile& tile, F* out) {
-    if constexpr (Tile::kSums == Tile::kParts) return tile.load_scales(out);
+    tile.load_scales(out);
 #pragma GCC unroll 2
-    for (int part = 0; part < Tile::kParts; part++) {
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.scales) + part));
-        out[part] = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(0x00400000)));
-    }
+    for (int part = 0; Tile::kSums < Tile::kParts && part < Tile::kParts; part++)
+        out[part] = Tile::number(Lanes::start(1), out[part]);  // of an exponent its power of two
 }
 inline F add_piece(__m512i high, __m512i low, F scale, F total) {
     return Lanes::fma(Lanes::to_float(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low)), scale, total);
 }
 
-// One tile with `Tokens` tokens.
-template <class Tile, int Tokens>
-SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int64_t blocks, float (*totals)[kTile]) {
-    constexpr int kParts = Tile::kParts, kPairs = 8 / kParts;
-    F total[Tokens] = {};
-    for (int64_t b = 0; b < blocks; b++, x += t, tile.next()) {
-        F scales[kParts];
-        piece_scales(tile, scales);
-#pragma GCC unroll 2
-        for (int part = 0; part < kParts; part++) {
-            Lanes::I dots[Tokens][2][2] = {};  // two sums of a digit side by side
+// A few tokens. Sums become floats when the next piece's weights have been looked up, as those of `one_token`.
+template <class Tile, int Tokens, class At, class Finish>
+SLOTMOE_NOINLINE void coded_tokens(At at, const FineBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end,
+                                   Finish finish) {
+    constexpr int kParts = Tile::kParts, kPairs = 8 / kParts, kEarly = Tokens == 1 ? kPairs : 2;
+    for (int64_t i = begin; i < end; i++) {
+        Tile tile = at(i);
+        F total[Tokens] = {}, scale = Lanes::zero();
+        Lanes::I dots[Tokens][2][2] = {};  // two sums of a digit side by side
+        const auto add = [&] {
+            const auto both = [](const Lanes::I* two) { return _mm512_add_epi32(two[0], two[1]); };
 #pragma GCC unroll 4
-            for (int i = 0; i < Tokens; i++)
-                dots[i][1][0] = Lanes::start(kParts == 2 ? x[i].bias[part] : x[i].bias[0] + x[i].bias[1]);
-#pragma GCC unroll 8
-            for (int p = part * kPairs; p < (part + 1) * kPairs; p++) {
-                W w[2];
-                tile.pair(p, w[0], w[1]);
-#pragma GCC unroll 8
-                for (int i = 0; i < 2 * Tokens; i++)
+            for (int token = 0; token < Tokens; token++)
+                total[token] = add_piece(both(dots[token][0]), both(dots[token][1]), scale, total[token]);
+        };
+        const FineBlock* block = x;
+        for (int64_t b = 0; b < blocks; b++, block += t, tile.next()) {
+            F scales[kParts];
+            piece_scales(tile, scales);
 #pragma GCC unroll 2
-                    for (int j = 0; j < 2; j++)
-                        dots[i / 2][i % 2][j] =
-                            Lanes::dot(dots[i / 2][i % 2][j], w[j], x[i / 2].digit[i % 2] + 8 * p + 4 * j);
-            }
+            for (int part = 0; part < kParts; part++) {
+                W w[kPairs][2];
+#pragma GCC unroll 8
+                for (int p = 0; p < kEarly; p++) tile.pair(part * kPairs + p, w[p][0], w[p][1]);
+                if (b || part) add();
+                scale = scales[part];
 #pragma GCC unroll 4
-            for (int i = 0; i < Tokens; i++) {
-                const auto both = [&](int digit) { return _mm512_add_epi32(dots[i][digit][0], dots[i][digit][1]); };
-                total[i] = add_piece(both(0), both(1), scales[part], total[i]);
+                for (int token = 0; token < Tokens; token++) {
+                    const int32_t* bias = block[token].bias;
+                    dots[token][0][0] = dots[token][0][1] = dots[token][1][1] = Lanes::start(0);
+                    dots[token][1][0] = Lanes::start(kParts == 2 ? bias[part] : bias[0] + bias[1]);
+                }
+#pragma GCC unroll 8
+                for (int p = 0; p < kPairs; p++) {
+                    if (p >= kEarly) tile.pair(part * kPairs + p, w[p][0], w[p][1]);
+                    const int columns = 8 * (part * kPairs + p);
+#pragma GCC unroll 16
+                    for (int k = 0; k < 4 * Tokens; k++) {
+                        Lanes::I& dot = dots[k / 4][k / 2 % 2][k % 2];
+                        dot = Lanes::dot_once(dot, w[p][k % 2], block[k / 4].digit[k / 2 % 2] + columns + 4 * (k % 2));
+                    }
+                }
             }
+            tile.prefetch();
         }
-        tile.prefetch();
+        add();
+        for (int token = 0; token < Tokens; token++) {
+            alignas(64) float row[kTile];
+            Lanes::store(row, total[token]), finish(token, i, row);
+        }
     }
-    for (int i = 0; i < Tokens; i++) Lanes::store(totals[i], total[i]);
 }
 
 // Some pieces of one tile of W, unpacked, and sums of every other piece, of both digits.
@@ -223,17 +219,10 @@ inline Lanes::Table signed_table(const Lanes::Table& table) {
 template <class Tile, class At, class Finish>
 inline void multiply(At at, const FineBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
     constexpr int kParts = Tile::kParts;
+    if (t == 1) return coded_tokens<Tile, 1>(at, x, t, blocks, begin, end, finish);
+    if (t == 2) return coded_tokens<Tile, 2>(at, x, t, blocks, begin, end, finish);
+    if (t == 3) return coded_tokens<Tile, 3>(at, x, t, blocks, begin, end, finish);
     alignas(64) float totals[kPanel][kTileSums];
-    if (t < kTileTokens) {
-        for (int64_t i = begin; i < end; i++) {
-            float(*rows)[kTile] = reinterpret_cast<float(*)[kTile]>(totals);
-            if (t == 1) coded_tokens<Tile, 1>(at(i), x, t, blocks, rows);
-            if (t == 2) coded_tokens<Tile, 2>(at(i), x, t, blocks, rows);
-            if (t == 3) coded_tokens<Tile, 3>(at(i), x, t, blocks, rows);
-            for (int64_t token = 0; token < t; token++) finish(token, i, rows[token]);
-        }
-        return;
-    }
     const TokenTiles tokens(t);
     const auto run = tokens.rows == 16   ? multiply_pieces<kParts, 16>
                      : tokens.rows == 12 ? multiply_pieces<kParts, 12>

@@ -69,7 +69,7 @@ bool has_amx() {
 }
 
 constexpr Choice kIsas[] = {  // best first
-    {&isa_amx, has_amx, false},        {&isa_amx_plain, has_avx512vbmi, false}, {&isa_avx512vbmi, has_avx512vbmi},
+    {&isa_amx, has_amx},               {&isa_amx_plain, has_avx512vbmi, false}, {&isa_avx512vbmi, has_avx512vbmi},
     {&isa_avx512vnni, has_avx512vnni}, {&isa_avxvnni, has_avxvnni},             {&isa_avx2, has_avx2},
     {&isa_portable, always}};
 #elif defined(__aarch64__)
@@ -101,12 +101,8 @@ std::atomic<const Isa*> chosen{nullptr};
 
 // The best that this CPU has, unless set otherwise. A job asks once: formats differ in detail between sets.
 const Isa& slotmoe::best_isa() {
-    if (const Isa* i = chosen.load()) return *i;
-    for (const Choice& c : kIsas)
-        if (c.automatic && c.is_here()) {
-            chosen.store(c.isa);
-            break;
-        }
+    for (const Choice* c = kIsas; !chosen.load(); c++)
+        if (c->automatic && c->is_here()) chosen.store(c->isa);
     return *chosen.load();
 }
 

@@ -160,25 +160,27 @@ struct Encoder {
                     int64_t block, int64_t begin, int64_t end, float* q);
 };
 
-using Quantize = void(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
-                      double* factor);
-using Int8Tiles = void(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
+// Rows times matrices. Blocks are FineBlocks if `fine`, and levels have no offsets, or else ActBlocks.
+struct Products {
+    bool fine;
+    // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e or, of FineBlocks, a row's scale (NaN
+    // for a row with NaN or infinity).
+    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
+                          double* factor);
+    // y [T, ldy] for the rows of tiles begin..end.
+    void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const void* blocks, const double* factor, int64_t t,
+                        int64_t begin, int64_t end, float* y, int64_t ldy);
+    void (*int8_tiles)(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
                        int64_t end, float* y, int64_t ldy);
+};
 
 struct Isa {
     const char* name;
 
-    bool fine;  // blocks of activations are FineBlocks, or else ActBlocks; levels have no offsets then
-    // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e or, of FineBlocks, a row's scale (NaN
-    // for a row with NaN or infinity).
-    Quantize* quantize_rows;
-    // y [T, ldy] for the rows of tiles begin..end.
-    void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const void* blocks, const double* factor, int64_t t,
-                        int64_t begin, int64_t end, float* y, int64_t ldy);
-    Int8Tiles* int8_tiles;
-    // The same, but that blocks are FineBlocks on every set.
-    Quantize* quantize_fine;
-    Int8Tiles* fine_tiles;
+    // Tiles of AMX pay for layers of so many columns. Their rows' bits are others, which no number of rows may change.
+    int64_t fine_columns;
+    Products coarse, fine;  // a set that has no such columns multiplies int8 alone by the second
+    const Products& products(int64_t columns) const { return columns < fine_columns ? coarse : fine; }
     // y [T, ldy], rows begin..end of W [N, K].
     void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,
                          float* y, int64_t ldy);

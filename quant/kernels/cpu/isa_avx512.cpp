@@ -9,9 +9,11 @@
 #if defined(SLOTMOE_PLAIN_TILES)
 #define SLOTMOE_ISA isa_amx_plain
 #define SLOTMOE_ISA_NAME "amx_plain"
+#define SLOTMOE_FINE_COLUMNS 0
 #elif defined(SLOTMOE_AMX)
 #define SLOTMOE_ISA isa_amx
 #define SLOTMOE_ISA_NAME "amx"
+#define SLOTMOE_FINE_COLUMNS 1024
 #elif defined(SLOTMOE_VBMI)
 #define SLOTMOE_ISA isa_avx512vbmi
 #define SLOTMOE_ISA_NAME "avx512vbmi"
@@ -35,6 +37,7 @@
 
 #include "isa.h"
 #define SLOTMOE_TURN Lanes::turn
+#define SLOTMOE_DOT_ONCE Lanes::dot_once
 #ifdef SLOTMOE_AMX
 #include "amx.h"
 #endif
@@ -118,6 +121,10 @@ struct Lanes {
 
     static I start(int32_t bias) { return _mm512_set1_epi32(bias); }
     static I dot(I sum, W w, const int8_t* x4) { return dot_bytes(sum, w, broadcast_bytes(x4)); }
+    static I dot_once(I sum, W w, const int8_t* x4) {  // without a register for what no other sum takes
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x4)));
+        return sum;
+    }
     static W weights(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     static Table table(const int8_t* q) {
         alignas(64) uint8_t low[64], high[64];

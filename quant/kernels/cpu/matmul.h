@@ -311,8 +311,8 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const void* blocks,
     coded_tiles_of<3, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
 }
 
-[[maybe_unused]] void int8_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t,
-                                 int64_t begin, int64_t end, float* y, int64_t ldy) {
+void int8_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
+                float* y, int64_t ldy) {
     const ActBlock* x = static_cast<const ActBlock*>(blocks);
     const bool past = past_l2();
     const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes, past}; };

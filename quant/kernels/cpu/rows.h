@@ -92,8 +92,8 @@ inline void quantize_blocks(const float* x, const Scaled& scaled, const float* s
     }
 }
 
-[[maybe_unused]] void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
-                                    void* blocks, double* factor) {
+void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
+                   double* factor) {
     for (int64_t row = begin; row < end; row++) {
         const float* in = x + row * k;
         const uint32_t top = max_bits(in, k);

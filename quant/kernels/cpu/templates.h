@@ -8,11 +8,10 @@
 #include "fine.h"
 #ifdef SLOTMOE_AMX
 #include "fine_amx.h"
-#define SLOTMOE_PRODUCTS \
-    true, quantize_fine, coded_tiles<FineBlock>, int8_by_tiles, quantize_fine, int8_by_tiles
+#define SLOTMOE_FINE {true, quantize_fine, coded_tiles<FineBlock>, int8_by_tiles}
 #else
-#define SLOTMOE_PRODUCTS \
-    false, quantize_rows, coded_tiles<ActBlock>, int8_tiles, quantize_fine, fine_tiles
+#define SLOTMOE_FINE_COLUMNS INT64_MAX
+#define SLOTMOE_FINE {true, quantize_fine, nullptr, fine_tiles}
 #endif
 
 #include "attention.h"
@@ -32,7 +31,8 @@
 namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
-    SLOTMOE_ISA_NAME, SLOTMOE_PRODUCTS,               linear_dense,  rms_norm,     layer_norm,
+    SLOTMOE_ISA_NAME, SLOTMOE_FINE_COLUMNS, {false, quantize_rows, coded_tiles<ActBlock>, int8_tiles}, SLOTMOE_FINE,
+    linear_dense,     rms_norm,      layer_norm,
     activate,         weighted_sum,  learn,        survey,       hyper_coefficients, hyper_out,   compress,
     convolve,         delta_block,   decays,
     gated,            mla_queries,   mla_pack,
