@@ -236,7 +236,7 @@ def _group(
 
 class NativeBackend(TorchBackend):
     """Activations are quantized to int8 in blocks of 16 with a float32 scale each.  Those of
-    ``kv_b_proj``, and all with the instruction set ``amx``, have 15 bits and one scale a row.
+    ``kv_b_proj``, and with ``amx`` of layers of 1,024 columns, have 15 bits and one scale a row.
 
     A row's result never depends on the other rows, the threads or the cache, so decode and prefill
     agree.  torch's own threads stay idle in decode.

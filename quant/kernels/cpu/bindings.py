@@ -61,9 +61,9 @@ class Kernels:
             for i in range(self.library.slotmoe_isa_count())
             if self.library.slotmoe_isa_supported(i)
         )
-        """Instruction sets that this machine can run, best first: among amx, amx_plain (the same
-        without AMX, for tests), avx512vbmi, avx512vnni, avxvnni, avx2, neon_i8mm, neon_dot, neon,
-        portable.  The first two are used only where they are asked for."""
+        """Instruction sets that this machine can run, best first: among amx, amx_plain (its digits
+        for any width, without AMX, for tests that ask for it), avx512vbmi, avx512vnni, avxvnni,
+        avx2, neon_i8mm, neon_dot, neon, portable."""
 
     if TYPE_CHECKING:
 
