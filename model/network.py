@@ -29,7 +29,6 @@ from slotmoe.quant.backends.base import Prepared, RoutedExperts, Runner, SlotTab
 from slotmoe.state import SequenceState
 
 States: TypeAlias = Sequence[SequenceState]
-Ints: TypeAlias = Sequence[int]
 _PIECE = 512  # rows whose doubly wide input is in memory at once
 _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
 _TABLE = 128  # positions whose rotations are made together
@@ -74,12 +73,12 @@ class Positions:
 
         self._table = table
 
-    def chunk(self, h_TD: Tensor, caches: States, before: Ints, counts: Ints, *rest: Any) -> Chunk:
-        """A chunk over the next ``counts`` tokens of ``caches`` behind ``before`` of the pass;
-        ``rest`` is its ``timer`` and ``ids_T``."""
+    def chunk(self, h_TD: Tensor, *of: Any) -> Chunk:
+        """A chunk ``of`` the rest that ``Chunk`` begins with, from ``caches`` on."""
+        caches, before, counts, *_ = of
         starts = [cache.length + count for cache, count in zip(caches, before, strict=True)]
-        chunk = Chunk(h_TD, h_TD, None, caches, before, counts, *rest)
-        if self._is_plain and h_TD.shape[0] <= _FEW:
+        chunk = Chunk(h_TD, h_TD, None, *of)
+        if self._is_plain and h_TD.shape[0] <= _FEW + 1:
             parts = []
             for start, count in zip(starts, counts, strict=True):
                 at = start % _TABLE

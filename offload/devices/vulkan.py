@@ -129,12 +129,12 @@ class PlacedExperts(Experts):
     def load_kernels(self, hidden_size: int, top_k: int) -> None:
         """They are there."""
 
-    def begin(self, tokens: int, sequences: int = 1) -> bool:
+    def begin(self, tokens: int, sequences: int = 1) -> None:
         """A pass begins: what was copied meanwhile is cached."""
         self._host.release_all()
         self.slots.admit_guesses()
         self._host.advance(tokens)
-        return super().begin(tokens, sequences)
+        super().begin(tokens, sequences)
 
     def write_addresses(self, table_ME: NDArray[np.uint64]) -> None:
         """See ``slotmoe.quant.backends.vulkan``."""

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from slotmoe.model.attention import new_state
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.policy.passes import MOST_DRAFTED, Asking, Drafting, NGrams
+from slotmoe.offload.policy.passes import MEMORY, MOST_DRAFTED, RATE, Drafting, NGrams
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.sizes import format_size
 from slotmoe.state import SequenceState
 
 EACH_AT_ONCE = 16  # rows of logits made at once, each as it is alone
+_HEAD_CHANCE = 0.7  # that the head's token comes, before any was seen
+_AGAIN = 32  # tokens after which a head that does not pay is asked again
 _NONE = torch.empty(0, 0)
 Compute = Callable[[Callable[[], Tensor]], Tensor]
 
@@ -42,7 +44,9 @@ class HeadDrafts:
         self._state = new_state(self._head.config, model.plan.context, rows, empty)
         self._first = 0  # the token that the state's first row is behind
         self._tokens: list[int] = []  # the text that its rows are of
-        self._asking = Asking()
+        self._chance, self._counted = _HEAD_CHANCE, 0  # that its token comes, by so many
+        self._seconds, self._waited = 0.0, 0  # of asking; tokens since
+        self._expected: tuple[int, int] | None = None  # where, and which token
 
     def read(self, tokens: list[int], hidden_RD: Tensor) -> Tensor:
         """Append rows for the R tokens before the last one of ``tokens``; ``hidden_RD`` is the
@@ -66,15 +70,20 @@ class HeadDrafts:
     def draft(self, tokens: list[int], hidden_RD: Tensor) -> tuple[list[int], list[float]]:
         """The token that is expected behind ``tokens``, and how likely it is; none where asking
         does not pay.  ``hidden_RD`` as in ``read``."""
-        asking = self._asking
-        asking.came(tokens)
-        if not asking.pays(self._drafting):
+        if self._expected is not None and self._expected[0] < len(tokens):
+            place, token = self._expected
+            self._counted = min(self._counted + 1, MEMORY)
+            self._chance += ((tokens[place] == token) - self._chance) / (self._counted + 1)
+        self._expected, self._waited = None, self._waited + 1
+        if self._waited <= _AGAIN and not self._drafting.pays(self._chance, self._seconds):
             return [], []
         started = time.perf_counter()
         stream_RD = self.read(tokens, hidden_RD)
         expected = int(self._compute(lambda: self._head.head(stream_RD[-1:])).argmax())
-        asking.answered(len(tokens), expected, time.perf_counter() - started)
-        return [expected], [asking.chance]
+        spent = time.perf_counter() - started
+        self._expected, self._waited = (len(tokens), expected), 0
+        self._seconds += RATE * (spent - self._seconds) if self._seconds else spent
+        return [expected], [self._chance]
 
 
 class Sequence:
@@ -253,11 +262,9 @@ class Passes:
         def step() -> tuple[Tensor, Tensor | None]:
             for row in rows:
                 row.sequence.state.cut(len(row.sequence.tokens))
-            guesses, ahead = model.experts.begin(len(tokens), len(rows)), model.experts.lookahead
-            if ahead is not None:
-                ahead.read_tables(tokens)
-                if guesses:
-                    ahead.guess_token(model.backend.embed(ids_T, network.embed_tokens))
+            model.experts.begin(len(tokens), len(rows))
+            if model.experts.lookahead is not None:
+                model.experts.lookahead.read_tables(tokens)
             hidden_TD = network.forward(ids_T, [row.sequence.state for row in rows], counts)
             if len(tokens) == 1 and rows[0].wanted:
                 return hidden_TD, network.head(hidden_TD)

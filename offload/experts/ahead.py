@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from slotmoe.model.config import Config
 from slotmoe.model.layers import as_tensor
@@ -18,6 +17,8 @@ from slotmoe.offload.devices.device import Download
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.quant.backends.base import Prepared, TorchBackend
+
+_RANKS = 6  # guesses of a token for a layer; later ones are hardly better than chance
 
 
 class Lookahead(Prefetcher):
@@ -46,7 +47,6 @@ class Lookahead(Prefetcher):
         super().__init__(len(layers), experts, record_bytes, target, bandwidth)
         layers = layers[: len(layers) - config.mtp]  # nothing is guessed of that head
         norms = [as_tensor(weights[layer_tensor(layer, POST_NORM)]) for layer in layers]
-        self._first_norm = norms[0]
         self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
         self._gates = [
             (weights[layer_tensor(layer, GATE)], weights.get(layer_tensor(layer, LOGIT_BIAS)))
@@ -57,7 +57,7 @@ class Lookahead(Prefetcher):
         names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
         self._tables = [as_tensor(weights[name]).cpu() for name in names]
         self._backend, self._download = backend, download
-        self._top_k, self.active = config.num_experts_per_tok, False
+        self._top_k, self.active = min(config.num_experts_per_tok, _RANKS), False
 
     def begin(self) -> None:
         """A pass begins: forget all guesses."""
@@ -69,16 +69,6 @@ class Lookahead(Prefetcher):
         for moe_layer, table in enumerate(self._tables):
             uses = Counter(table[ids].flatten().tolist())
             self._guess(moe_layer, [expert for expert, _ in uses.most_common()], "table")
-        self.more(-1)
-
-    def guess_token(self, embedding_1D: Tensor) -> None:
-        """Guess the first MoE layer's experts for one token, as if its embedding were still all of
-        the residual stream; start to read."""
-        if not self._tables:
-            started = time.perf_counter()
-            x_1D = rms_norm(embedding_1D.float(), embedding_1D.shape[-1:], eps=1e-12)
-            self._guess(0, self._likely(0, x_1D * self._first_norm), "token")
-            self._cost.add(time.perf_counter() - started)
         self.more(-1)
 
     def guess_layer(self, moe_layer: int, x_TD: Tensor) -> None:

@@ -174,18 +174,16 @@ class Experts:
         slots_ME = self._none_ME if stops else self.slots.slots_ME[: self._count]
         return SlotTable(self.records, slots_ME, complete)
 
-    def begin(self, tokens: int, sequences: int = 1) -> bool:
-        """A pass begins, without what the last one left in staging; is ``guess_token`` worth it?"""
+    def begin(self, tokens: int, sequences: int = 1) -> None:
+        """A pass begins, without what the last one left in staging."""
         if not self.slots.complete:
             self.slots.advance(tokens)
             if self.hybrid is not None:
                 self.hybrid.host.advance(tokens)
             self.slots.fill_behind()
         self._apart, self._pass = sequences > 1, Progress(tokens)
-        if self.lookahead is None:
-            return False
-        self.lookahead.begin()
-        return self.lookahead.active and tokens == 1
+        if self.lookahead is not None:
+            self.lookahead.begin()
 
     def go_on(self, tokens: int) -> None:
         """``tokens`` tokens go through the network's layers or, behind a pass, the head's."""

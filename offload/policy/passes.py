@@ -23,14 +23,11 @@ _TRIES = 32  # places that are compared
 _RECENT = 64  # of a text that is read at once, the tokens that count as predicted or not
 # Chance of a prediction before any was made, by the bits of the number of alike tokens.
 _CHANCES = (0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-_MEMORY = 64  # predictions that count at most
+MEMORY = 64  # predictions that count at most
 _PRIOR = 0.35  # cost of a row more, as a share of a pass of one row, before any was measured
-_RATE = 0.3  # of an error that the estimate of a pass's time takes over
-_KNOWN = 0.1  # of an error by one row more, the part that is laid to the first row
+RATE = 0.3  # of an error that the estimate of a pass's time takes over
 _LEAST = 0.03  # cost of a row more, whatever was measured
 _FORGET = 0.003  # of that cost's distance to the prior, with each pass of one row
-_HEAD_CHANCE = 0.7  # that the head's token comes, before any was seen
-_AGAIN = 32  # tokens after which a head that does not pay is asked again
 
 
 def allowance(left: int) -> int:
@@ -122,7 +119,7 @@ class NGrams:
 
     def _note(self, hit: float) -> None:
         kind = _kind(self._alike)
-        self._counts[kind] = count = min(self._counts[kind] + 1, _MEMORY)
+        self._counts[kind] = count = min(self._counts[kind] + 1, MEMORY)
         self._chances[kind] += (hit - self._chances[kind]) / (count + 1)
 
     def draft(self, limit: int) -> tuple[list[int], list[float]]:
@@ -141,45 +138,20 @@ def _kind(alike: int) -> int:
     return min(alike.bit_length(), len(_CHANCES) - 1)
 
 
-class Asking:
-    """How often a head's token came, and whether asking for it, which takes time, pays."""
-
-    def __init__(self) -> None:
-        self.chance, self._count = _HEAD_CHANCE, 0
-        self._seconds, self._waited = 0.0, 0
-        self._expected: tuple[int, int] | None = None  # where, and which token
-
-    def came(self, tokens: Sequence[int]) -> None:
-        """The text is ``tokens`` now."""
-        if self._expected is not None and self._expected[0] < len(tokens):
-            place, token = self._expected
-            self._count = min(self._count + 1, _MEMORY)
-            self.chance += ((tokens[place] == token) - self.chance) / (self._count + 1)
-        self._expected = None
-
-    def pays(self, drafting: "Drafting") -> bool:
-        """Whether to ask for the next token, by the seconds of asking and of a row more."""
-        self._waited += 1
-        return self._waited > _AGAIN or drafting.pays(self.chance, self._seconds)
-
-    def answered(self, place: int, token: int, seconds: float) -> None:
-        """The head expects ``token`` as number ``place``, and took ``seconds``."""
-        self._expected, self._waited = (place, token), 0
-        self._seconds += _RATE * (seconds - self._seconds) if self._seconds else seconds
-
-
 class Drafting:
     """How many rows a pass is worth, from the seconds that passes took, and the counts.
 
-    The time of a pass is taken as linear in its rows, whichever sequences they are of: in memory a
-    row more is arithmetic, from a disk it is the experts that it misses.
+    The time of a pass without drafts is known by the rows that it has for certain, one of each
+    text, once there was one; that of a draft's rows is taken as linear in them: in memory a row
+    more is arithmetic, from a disk it is the experts that it misses.
     """
 
     def __init__(self, limit: int = MOST_DRAFTED) -> None:
         """At most ``limit`` tokens are drafted in a pass."""
         self._limit = limit
         self.passes = self.rows = self.drafted = self.accepted = 0
-        self._one = self._more = 0.0  # seconds of a pass of one row, and of each row more
+        self._plain = dict[int, float]()  # seconds of a pass without drafts, by its rows
+        self._one = self._more = 0.0  # such seconds for a row, of the last pass; of a row more
         self._drafting = 0  # passes with drafts
         self._most = 1  # tokens to draft: what was never tried is approached by steps
 
@@ -187,16 +159,16 @@ class Drafting:
         """How many tokens of each sequence's draft to compute, ``room`` at most, given the
         ``chances`` of each: as long as the tokens that a row more is expected to give come sooner
         with it than without."""
-        taken, rows = [0] * len(chances), len(chances)
-        expected = float(rows)
-        while self._one and rows < len(chances) + min(self._most, room):
+        taken, expected = [0] * len(chances), float(len(chances))
+        seconds = self._plain.get(len(chances), 0.0)
+        for _ in range(min(self._most, room) if seconds else 0):
             pairs = zip(taken, chances, strict=True)
             gains = [likely[n] if n < len(likely) else 0.0 for n, likely in pairs]
             best = max(range(len(gains)), key=gains.__getitem__)
-            if gains[best] * self._seconds(rows) <= expected * self._more:
+            if gains[best] * seconds <= expected * self._more:
                 break
             taken[best] += 1
-            expected, rows = expected + gains[best], rows + 1
+            expected, seconds = expected + gains[best], seconds + self._more
         return taken
 
     def pays(self, chance: float, cost: float) -> bool:
@@ -210,25 +182,23 @@ class Drafting:
         self.drafted += drafted
         if seconds is None:
             return
-        if not self._one:
-            self._one, self._more = seconds, _PRIOR * seconds
-        more, predicted, rate = rows - 1, self._seconds(rows), _RATE
+        certain = rows - drafted
+        plain = self._plain.setdefault(certain, seconds)
+        usual = plain * _PRIOR / (1 + _PRIOR * (certain - 1))
+        self._more = self._more or usual
+        predicted = plain + drafted * self._more
+        error = min(seconds - predicted, predicted)  # a pass that was held up changes little
         if drafted:
             self._drafting += 1
             self._most = min(self._limit, max(self._most, 2 * drafted + 1))
-            rate = max(rate, 1 / self._drafting)
-        # Least mean squares; a pass that was held up changes little.
-        error = rate * min(seconds - predicted, predicted) / (_KNOWN + more * more)
-        self._one += error * _KNOWN
-        self._more += error * more
-        if not more:
-            self._more += _FORGET * (_PRIOR * self._one - self._more)
+            self._more += max(RATE, 1 / self._drafting) * error / drafted
+        else:
+            self._plain[certain] = plain + RATE * error
+            self._more += _FORGET * (usual - self._more)
+        self._one = self._plain[certain] / certain
         self._more = max(self._more, _LEAST * self._one)
         if self._more >= self._one:  # nothing pays; what is forgotten is tried again by one row
             self._most = 1
-
-    def _seconds(self, rows: int) -> float:
-        return self._one + (rows - 1) * self._more
 
     def stats(self) -> dict[str, int]:
         """Passes of decode and their rows; of these, tokens that were drafted, and that came."""

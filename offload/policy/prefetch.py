@@ -1,8 +1,7 @@
 """What to read before a gate asks for it: bookkeeping over integers, without torch.
 
-Two horizons make guesses (``slotmoe.offload.experts.ahead``): ``token``, the first MoE layer's
-experts before the token starts, and ``layer``, the next MoE layer's from the present one's input.
-The later replaces the earlier.  A third, ``table``, is certain: some first gates choose by token.
+Two horizons (``slotmoe.offload.experts.ahead``): ``layer`` guesses the next MoE layer's experts
+from the present one's input.  ``table`` is certain: some first gates choose by token.
 
 A guess costs nothing while disk and link would idle; else a wrong one delays a demand.  So what is
 expected to be wasted has to fit into the time in which the step demands nothing: with a share ``p``
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from slotmoe.offload.devices.device import Event
     from slotmoe.offload.experts.slots import Slots
 
-HORIZONS = ("token", "layer", "table")
+HORIZONS = ("layer", "table")
 
 
 @dataclass

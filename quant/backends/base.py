@@ -207,13 +207,10 @@ class TorchBackend(TorchAttention):
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
-        rows: Tensor | slice = ids_T
-        if ids_T.is_cpu and ids_T.shape[0] == 1:  # of one a view, which is quicker
-            rows = slice(int(ids_T), int(ids_T) + 1)
         if isinstance(weight, Int8Weight):
-            return weight.q[rows].float() * weight.scale[rows, None]
+            return weight.q[ids_T].float() * weight.scale[ids_T, None]
         if isinstance(weight, Tensor):
-            return weight[rows].float()
+            return weight[ids_T].float()
         if not isinstance(weight, Matrix) or len(weight.tensors) != 2:
             raise TypeError("an embedding table is gathered row by row, so it is never coded")
         tiles, scale = weight.tensors  # the head is multiplied by it too

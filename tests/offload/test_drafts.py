@@ -7,6 +7,7 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.network import Network
 from slotmoe.offload.engine.passes import HeadDrafts
+from slotmoe.offload.policy.passes import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
@@ -53,6 +54,19 @@ def test_refusals(with_head):
             Runtime.open(with_head / name, draft=draft, **options)
     with Runtime.open(with_head / "export", kernels="torch", context=64, draft="auto") as runtime:
         assert "not bitwise" in runtime.stats()["drafts"]["why"]
+
+
+def test_what_a_row_costs_is_counted_from_a_pass_of_as_many_texts():
+    likely, unlikely = [[0.9, 0.8]] * 4, [[0.3]] * 4
+    drafting = Drafting()
+    assert drafting.lengths(likely, 9) == [0] * 4  # no such pass was measured
+    for _ in range(20):
+        drafting.measured(4, 0, 2.0)
+    assert drafting.lengths(unlikely, 9) == [0] * 4 and sum(drafting.lengths(likely, 9)) == 1
+    assert drafting.lengths(likely[:1], 9) == [0]
+    for _ in range(20):
+        drafting.measured(8, 4, 2.04)
+    assert drafting.lengths(unlikely, 9) == [1] * 4  # rows cost little
 
 
 class Prompter:

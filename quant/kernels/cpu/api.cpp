@@ -75,9 +75,7 @@ const Levels& slotmoe::levels_for(const Products& by, int64_t kind, const float*
 }
 
 bool slotmoe::finite(const float* levels) {
-    for (int i = 0; i < 16; i++)
-        if (!std::isfinite(levels[i])) return false;
-    return true;
+    return std::all_of(levels, levels + 16, [](float level) { return std::isfinite(level); });
 }
 
 // --- settings
@@ -109,10 +107,10 @@ EXPORT int slotmoe_linear(const Matrix* w, const float* x, const float* norm, fl
     return guarded([&](Job& job, const Isa& isa) {
         for (int64_t first = 0; first < t; first += kPassTokens) {
             const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
-            const float* in = x + first * groups * w->k;
-            float* normed = norm ? job.scratch<float>(kStreams, rows * groups * w->k) : nullptr;
-            if (norm) norm_rows(job, isa, in, norm, rows * groups, w->k, eps, normed);
-            multiply(job, isa, *w, norm ? normed : in, rows, y + first * w->n, groups);
+            const int64_t begin = first * groups * w->k, count = rows * groups;
+            float* normed = norm ? job.scratch<float>(kStreams, count * w->k) : nullptr;
+            if (norm) norm_rows(job, isa, x + begin, norm, count, w->k, eps, normed);
+            multiply(job, isa, *w, norm ? normed : x + begin, rows, y + first * w->n, groups);
         }
     });
 }
@@ -137,9 +135,7 @@ EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* pack
 
 EXPORT int slotmoe_rms_norm(const float* x, const float* weight, int64_t t, int64_t n, float eps, float* y) {
     if (t < 0 || n < 1) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        norm_rows(job, isa, x, weight, t, n, eps, y);
-    });
+    return guarded([&](Job& job, const Isa& isa) { norm_rows(job, isa, x, weight, t, n, eps, y); });
 }
 
 EXPORT int slotmoe_layer_norm(const float* x, const float* weight, const float* bias, int64_t t, int64_t n, float eps,
