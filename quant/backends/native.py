@@ -272,17 +272,18 @@ class NativeBackend(TorchBackend):
         self._native.read(memory)
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
-        if ids_T.shape[0] > 1 or not isinstance(weight, Tensor):
+        if not isinstance(weight, Int8Weight):
             return super().embed(ids_T, weight)
-        at = int(ids_T)  # a view of one row is quicker
-        return weight[at : at + 1].float()
+        rows = ids_T if ids_T.shape[0] > 1 else slice(at := int(ids_T), at + 1)  # a quicker view
+        return weight.q[rows].float() * weight.scale[rows, None]
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
         return self._native.linear(matrix, x_TK.contiguous())
 
     def normed_linear(self, x_TK: Tensor, norm_K: Tensor, eps: float, weight: Prepared) -> Tensor:
-        return self._native.normed_linear(Matrix.of(weight), x_TK.contiguous(), norm_K, eps)
+        matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
+        return self._native.normed_linear(matrix, x_TK.contiguous(), norm_K, eps)
 
     def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
         matrix, G = Matrix.of(weight), x_TGK.shape[1]
@@ -446,6 +447,9 @@ class NativeBackend(TorchBackend):
     ) -> None:
         slab, inputs = self._bind(records), (x_TD.contiguous(), indices_TK.contiguous())
         self._native.experts_by_slot.results(slab, *inputs, slots_E, slab.slab, y_TKD)
+
+    def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
+        return torch.empty(*indices_TK.shape, x_TD.shape[1])
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())

@@ -31,7 +31,13 @@ from torch.nn.functional import pad
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import Int8Weight
-from slotmoe.quant.kernels.cpu.signatures import SIGNATURES, Bound, NativeFunction, tensor_spec
+from slotmoe.quant.kernels.cpu.signatures import (
+    SIGNATURES,
+    Bound,
+    NativeFunction,
+    check,
+    tensor_spec,
+)
 from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.state import Empty
@@ -137,14 +143,17 @@ class Kernels:
         """`linear` of the rows [T, K], RMS-normed; checked by hand, as it runs once a token."""
         (n, k), t, f32 = weight.shape, x.shape[0], torch.float32
         y, inputs = torch.empty(t, n), (address(x, f32, t, k), address(norm, f32, k))
-        self._functions["linear"].run(weight.address, *inputs, eps, t, 1, y.data_ptr())
+        arguments = weight.address, *inputs, eps, t, 1, y.data_ptr()
+        if status := self._functions["linear"].native(*arguments):
+            check(status)
         return y
 
     def decode(self, *arguments: object) -> list[float]:
         """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
         checked them.  Gives the seconds that `STAGES` took."""
         seconds = (ctypes.c_double * len(STAGES))()
-        self._functions["decode"].run(*arguments, seconds)
+        if status := self._functions["decode"].native(*arguments, seconds):
+            check(status)
         return seconds[:]
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,8 @@ class NativeFunction:
         self._results = list(map(TensorSpec, results))
         self._in_order = itemgetter(*map([*inputs, *results, *self._letters].index, words))
         kinds = ["pointer" if "[" in word else word.rpartition(":")[2] for word in words]
-        self._native = getattr(library, f"slotmoe_{name}")
-        self._native.argtypes = [C_TYPES.get(kind, ctypes.c_int64) for kind in kinds]
+        self.native = getattr(library, f"slotmoe_{name}")
+        self.native.argtypes = [C_TYPES.get(kind, ctypes.c_int64) for kind in kinds]
 
     def __call__(self, *values: object, **sizes: int) -> Tensor:
         """The first of the `results`."""
@@ -160,6 +160,11 @@ class NativeFunction:
 
     def run(self, *arguments: object) -> None:
         """Call the function with its C arguments, unchecked, and raise what its status says."""
-        if status := self._native(*arguments):
-            refusal = _REFUSED.get(status)
-            raise ValueError(refusal) if refusal else MemoryError("no memory for the kernels' work")
+        check(self.native(*arguments))
+
+
+def check(status: int) -> None:
+    """Raise what a native function's status says."""
+    if status:
+        refusal = _REFUSED.get(status)
+        raise ValueError(refusal) if refusal else MemoryError("no memory for the kernels' work")
