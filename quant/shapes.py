@@ -2,9 +2,10 @@
 plan needs before a download."""
 
 import math
+import re
 from typing import NamedTuple
 
-from slotmoe.quant.codecs.codec import INT5, INT6, LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.codec import INT5, INT6, LUT3, LUT4, NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
@@ -19,6 +20,9 @@ _CODED = {  # by mode and role
     **{"int6": {"matrix": INT6}, "int5": {"matrix": INT5}, "mixed": {"matrix": LUT4}},
     "nf4": {"matrix": NF4, "sensitive": NF4},
 }
+FITTED = {codec.name: codec for codec in (INT6, INT5, LUT4, LUT3)}
+# A mode and behind it what has another code: ``KIND@FIRST-LAST=CODE``, layers of ``kind_of``.
+FITTED_MODE = rf"^({'|'.join(RESIDENT_MODES)})( [\w.]{{1,80}}@\d{{1,5}}-\d{{1,5}}=(none|int8|{'|'.join(FITTED)}))*$"
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 # Triton kernels: tokens of a pass that the decoder takes at most, programs that share a token's
 # context, and rows of partial sums of several tokens' attention.
@@ -76,22 +80,36 @@ def padded_record_bytes(
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def resident_quantization(role: str, mode: str) -> str | Codec:
-    """How a resident weight of this role is stored under ``--resident mode``: ``none`` (as in the
-    source), int8 or by a codec.  Roles are ``norm``, ``gate``, ``table``, ``embedding``,
-    ``absorbed``, ``sensitive`` and ``matrix``.
+def kind_of(name: str) -> tuple[int, str]:
+    """Layer (0 if in none) and kind of a resident tensor: what of a layer has one code always, and
+    so the three matrices of an MLP."""
+    inner = re.sub(r"\.(gate|up|down)_proj|\.weight|^model\.(?!layers)", "", name)
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", inner)
+    return (int(found[1]), found[2]) if found else (0, inner)
+
+
+def resident_quantization(role: str, mode: str, name: str = "") -> str | Codec:
+    """How a resident weight of this role is stored under ``--resident mode``, or a ``FITTED_MODE``
+    by its name: ``none`` (as in the source), int8 or by a codec.  Roles are ``norm``, ``gate``,
+    ``table``, ``embedding``, ``absorbed``, ``sensitive`` and ``matrix``.
 
     Norms and the router gate keep the source's precision.  The embedding is gathered by row, and
     an absorbed matrix is used by column, which tiles of codes don't serve: both are at least int8.
     """
-    if mode == "bf16" or role in (*WIDENED, TABLE):
+    mode, *others = mode.split()
+    if role in (*WIDENED, TABLE):
         return "none"
-    return _CODED.get(mode, {}).get(role, "int8")
+    layer, kind = kind_of(name) if others else (0, "")
+    for other in others:
+        of, first, last, code = re.split("[@=-]", other)
+        if of == kind and int(first) <= layer <= int(last):
+            return FITTED.get(code, code)
+    return "none" if mode == "bf16" else _CODED.get(mode, {}).get(role, "int8")
 
 
-def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:
+def resident_bytes(role: str, shape: tuple[int, ...], mode: str, name: str = "") -> int:
     """Bytes of a resident weight in memory; unquantized in bf16, ``WIDENED`` in float32."""
-    quantization = resident_quantization(role, mode)
+    quantization = resident_quantization(role, mode, name)
     if isinstance(quantization, Codec):
         N, K = shape
         return quantization.nbytes(N, K)

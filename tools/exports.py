@@ -215,6 +215,7 @@ _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 @click.argument("destination", metavar="[DST]", type=Path, required=False)
 @options.RESIDENT
 @options.codec_options
+@options.fit_options
 @options.KEEP_MTP
 @options.option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
 @options.flag("--overwrite", "Replace an export at DST.")
@@ -236,7 +237,9 @@ def synth_command(geometry: str, destination: Path | None, as_json: bool, **give
     from slotmoe.offload.ingest.synth import synthesize
 
     started, source = time.perf_counter(), geometry_path(geometry)
-    given["codecs"] = options.expert_codecs(given) or default_codecs(read_config(source))
+    given["codecs"] = options.expert_codecs(given)
+    given |= options.precision(given, config := read_config(source), quiet=as_json)
+    given["codecs"] = given["codecs"] or default_codecs(config)
     shown: Path | str | None = destination
     if destination is None:
         shown = f"{Path(geometry.removesuffix('/config.json')).name}-random"
@@ -265,6 +268,7 @@ def synth_command(geometry: str, destination: Path | None, as_json: bool, **give
 @click.argument("destination", metavar="[DST]", type=Path, required=False)
 @options.RESIDENT
 @options.codec_options
+@options.fit_options
 @options.option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @options.KEEP_MTP
 @options.option("--workers", "N", "Threads that quantize. [default: all cores]", type=_WORKERS)
@@ -329,8 +333,9 @@ def quantize_command(
     show(made, f'Run it: slotmoe run {name} "Your prompt"', err=True)
 
 
-def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
-    """The texts in windows of token ids.  Refuses what can't work before hours, not after."""
+def _check_source(folder: Path, texts: Paths, given: Json, quiet: bool) -> Json:
+    """What ``quantize`` is to do with ``folder``: codes, and the texts in windows of token ids.
+    Refuses what can't work before hours, not after."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     config = config_among(files_of(folder), folder)
@@ -339,7 +344,8 @@ def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
         options.say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
     for note in config.notes:
         options.say(f"{folder}: {note}")
-    return calibration_windows(folder, texts) if texts else None
+    how = options.precision(given, config, texts, quiet)
+    return how | {"calibration": calibration_windows(folder, texts) if texts else None}
 
 
 def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
@@ -356,12 +362,14 @@ def _quantize(
 ) -> tuple[Json, Path]:
     """The manifest of the export, and where it is."""
     revision, keep_source = given.pop("revision"), given.pop("keep_source")
+    how = {name: given.pop(name) for name in ("resident", "codecs", *options.FITTING)}
+    ready = partial(_check_source, texts=texts, given=how, quiet=quiet)
     folder = locate(source, revision, options.say, is_source=True)
     from slotmoe.offload.ingest.cached import cached_place, hub_place, quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
 
     if folder is not None:
-        given["calibration"] = _check_source(folder, texts)
+        given |= ready(folder)
     bars = ("Reading", "Downloading", "Quantizing", "Checking")
     again = f"run the same command again to resume in {destination or cache_folder()}"
     said = partial(leave, remark=f"; {one_line(again)}")  # after Ctrl-C
@@ -372,8 +380,7 @@ def _quantize(
             return quantize(folder, destination, **given), destination
         if destination is None:
             destination, revision = hub_place(source, revision, cache_folder())
-        given |= {"keep_source": keep_source, "arriving": arriving}
-        given["ready"] = lambda folder: _check_source(folder, texts)
+        given |= {"keep_source": keep_source, "arriving": arriving, "ready": ready}
         return quantize_from_hub(source, revision or "main", destination, **given), destination
 
 

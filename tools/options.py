@@ -15,9 +15,11 @@ from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
+from slotmoe.model.config import Config
 from slotmoe.model.sampling import RANGES
 from slotmoe.offload.machine import cache_folder, device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
+from slotmoe.offload.plan.precision import fitted
 from slotmoe.offload.plan.speed import MODES
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.passes import DRAFTS
@@ -131,12 +133,15 @@ _CODEC = (
     f"is bitsandbytes' with one for each 64. [default: {DEFAULT_CODEC}]"
 )
 _BITS = (
-    "Bits of a routed expert's codes, to which scales add a quarter, or an eighth to 2: 4, 3 or 2; "
-    "3.5 and 2.5 have one more for down than for gate and up; nf4 has 4 only. [default: 4]"
+    "Bits of a routed expert's codes, to which scales add a quarter, or an eighth to 2; halves "
+    "have one more for down than for gate and up; nf4 has 4 only. [default: 4]"
 )
+_FIT = "Choose the bits of each kind of tensor that lose least in an export of this size."
+_KL = "Choose them to lose at most so many nats a token in the fewest bytes."
+_FOR_GPU = "With --fit or --kl: only codes that the kernels for GPUs multiply."
 codec_options = _adding(
     choice("--codec", ["lut", "nf4"], None, _CODEC),
-    choice("--bits", ["4", "3.5", "3", "2.5", "2"], None, _BITS),
+    choice("--bits", [bits for codec, bits in EXPERT_CODECS if codec == "lut"], None, _BITS),
 )
 _KEEP_MTP = "Keep the head that predicts one token more (a layer and experts), for --draft mtp."
 KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)
@@ -151,6 +156,32 @@ def expert_codecs(given: Json) -> ExpertCodecs | None:
     if codecs is None:
         raise ConfigError(f"--codec {codec} has no {bits} bits: give --codec lut, or --bits 4")
     return codecs
+
+
+FITTING = ("fit", "kl", "for_gpu")  # ``fit_options``, without which ``precision`` is as asked
+fit_options = _adding(
+    option("--fit", "SIZE", _FIT),
+    option("--kl", "NATS", _KL, type=click.FloatRange(0, min_open=True)),
+    flag("--for-gpu", _FOR_GPU, cls=Rare),
+)
+
+
+def precision(given: Json, config: Config, texts: Sequence[Path] = (), quiet: bool = False) -> Json:
+    """``resident`` and ``codecs`` that ``fit_options``, which go from ``given``, choose of a model,
+    which is shown unless ``quiet``; else as they are there.  Raises ``ConfigError``."""
+    how = {name: given[name] for name in ("resident", "codecs")}
+    size, loss, triton = map(given.pop, FITTING)
+    if size is None and loss is None:
+        return how
+    if how["resident"] != "auto" or None not in (size, loss):
+        raise ConfigError("--fit, --kl and --resident are three ways to choose bits: give one")
+    goal = {"size": parse_size(size)} if size else {"loss": loss}
+    fit = fitted(config, **goal, codecs=how["codecs"], calibrated=bool(texts), triton=triton)
+    if not quiet:
+        from slotmoe.tools.tables import Console, fit_table  # rich
+
+        Console(stderr=True).print(fit_table(config, fit))
+    return {"resident": fit.resident, "codecs": fit.codecs}
 
 
 REVISION = option("--revision", "REV", "Branch, tag, commit on the hub. [default: main]", cls=Rare)

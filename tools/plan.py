@@ -21,6 +21,7 @@ from slotmoe.offload.model_cache import is_hub_id, library, locate
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context, share_of
+from slotmoe.offload.plan.precision import brief
 from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.sizes import format_size, parse_size
@@ -53,6 +54,7 @@ _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has roo
 @options.option("--gpu", "NAME", _GPU_HELP, shell_complete=options.completing(lambda: advice.GPUS))
 @options.RESIDENT
 @options.codec_options
+@options.fit_options
 @options.count("--prompt-tokens", None, _PROMPT_HELP)
 @options.count("-n --max-new-tokens", 128, "Tokens to generate.")
 @options.option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
@@ -93,12 +95,14 @@ def command(
         problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
         less = or_more_context("lower --prompt-tokens", planned.config, context)
         raise PlanError(f"{problem}: {less}")
-    resident, why = planned.precision(given["resident"])
+    given |= {"codecs": options.expert_codecs(given), "for_gpu": target.vram is not None}
+    how = options.precision(given, planned.config, quiet=as_json)
+    resident, why = planned.precision(how["resident"])
     scenario = advice.Scenario(
         planned,
         target,
         resident,
-        codecs=advice.choose_codecs(planned, options.expert_codecs(given)),
+        codecs=advice.choose_codecs(planned, how["codecs"]),
         context=context,
         slots=given["slots"],
         misses=given["misses"],
@@ -114,7 +118,7 @@ def command(
     report |= {
         "resident": {"precision": resident, "why": why},
         "choices": scenario.choices(prompt_tokens, max_new_tokens),
-        "command": _next(planned) if report["fits"] else None,
+        "command": _next(planned, target.vram is not None) if report["fits"] else None,
     }
     print(json_of(report)) if as_json else _print(report, given["verbose"])
     return int(not report["fits"])
@@ -225,13 +229,14 @@ def _is_here(given: Json) -> bool:
     return has and all(given[name] is None for name in _MACHINE)
 
 
-def _next(model: Model) -> str:
+def _next(model: Model, on_gpu: bool) -> str:
     """The command to type once it is planned: what makes the export, or runs it."""
     ctx, hub = click.get_current_context(), advice.HUB.get(advice.geometry_key(model.name))
-    source, names = model.name, ["resident", "codec", "bits", "revision"]
-    if model.resident is not None or source == "sample":
+    source, names = model.name, ["resident", "codec", "bits", "fit", "kl", "revision"]
+    is_fitted = bool(ctx.params["fit"] or ctx.params["kl"])
+    if model.resident is not None or (source == "sample" and not is_fitted):
         verb, names = "run", _RUN
-    elif model.is_here or hub or is_hub_id(source):
+    elif model.is_here or source == "sample" or hub or is_hub_id(source):
         verb, source = "quantize", source if model.is_here else hub or source
     else:  # of a config.json
         verb = "synth"
@@ -242,7 +247,7 @@ def _next(model: Model) -> str:
             for each in value if isinstance(value, tuple) else [value]:
                 words += [option.opts[0], *([] if each is True else [shlex.quote(str(each))])]
     keeps = verb != "run" and ctx.params["draft"] == "mtp"
-    return " ".join([*words, *(["--keep-mtp"] if keeps else [])])
+    return " ".join([*words, *["--for-gpu"] * (is_fitted and on_gpu), *["--keep-mtp"] * keeps])
 
 
 def _print(report: Json, verbose: bool) -> None:
@@ -289,13 +294,14 @@ def _choices(report: Json, verbose: bool) -> Table:
     for choice in choices:
         codec, bits, resident = (choice[key] == planned[key] for key in _CHOICES[:3])
         is_near = (codec and bits) or (choice["codec"] == DEFAULT_CODEC and resident)
+        is_near &= float(choice["bits"]) <= max(4, float(planned["bits"]))
         if verbose or is_near or choice is smallest:
             speed = choice["decode_tokens_per_second"]
             share = min(1, max(choice["slots"], choice["host_slots"]) / report["experts"])
             gains = (f"{share:.0%}", figure(speed, 2)) if speed else ("-", "-")
             losses = (choice["kl_divergence"], choice["kl_divergence_calibrated"])
             shown = ("" if loss is None else f"{loss:.4f}" for loss in losses)
-            names = (choice[key] for key in _CHOICES[:3])
+            names = choice["codec"], choice["bits"], brief(choice["resident"])
             rows.append([*names, format_size(choice["export"]), *gains, *shown])
     return table(_CHOICES, rows, left=range(3))
 
@@ -368,7 +374,7 @@ def _reckoning(report: Json) -> list[str]:
     more = more if settings["threads"] > cores() else ""
     return [
         f"GPU: {report['gpu'] or 'none'}.",
-        f"Resident weights are {resident['precision']}: {resident['why']}.",
+        f"Resident weights are {brief(resident['precision'])}: {resident['why']}.",
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: "
         f"peak {', '.join(peak)}.",
         f"The prompt waits for {prompt}; one token for {token}.",

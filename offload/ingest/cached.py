@@ -25,7 +25,6 @@ from slotmoe.model.checkpoint.gguf_header import shard_paths
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.hub import Shards, copy
 from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
@@ -139,7 +138,7 @@ def quantize_from_hub(
     wait_for_lock: bool = False,
     arriving: Progress = ignore,
     notify: Notify = ignore,
-    ready: Callable[[Path], Windows | None] = lambda folder: None,
+    ready: Callable[[Path], Json | None] = lambda folder: None,
     **options: Any,
 ) -> Json:
     """``quantize`` (which gets ``options``) of a model on the hub; returns the manifest.
@@ -147,8 +146,8 @@ def quantize_from_hub(
     Killed at any moment, the same call resumes with the weight file that was arriving, from the
     commit that the first call found.  ``keep_source`` leaves the checkpoint in ``DST.source``.
     ``arriving(done, total)`` gets bytes of the download; ``ready`` the folder of config, tokenizer
-    and headers before any weight is fetched, to return ``calibration``.  Raises as ``quantize`` and
-    ``resolve`` do, and ``DownloadError`` where network or server fail.
+    and headers before any weight is fetched, to return more ``options``.  Raises as ``quantize``
+    and ``resolve`` do, and ``DownloadError`` where network or server fail.
     """
     download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None
@@ -165,11 +164,11 @@ def quantize_from_hub(
             with closing(Shards(snapshot, download, kept, arriving, notify)) as shards:
                 with output_dir.full_disk_explained(download):
                     shards.prepare()
-                    calibration = ready(shards.folder)
+                    options |= ready(shards.folder) or {}
                     output_dir.write_signed(download / "plan.json", vars(snapshot))
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
                 options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
-                manifest = quantize(shards.folder, destination, calibration=calibration, **options)
+                manifest = quantize(shards.folder, destination, **options)
         except BaseException as problem:
             begun = output_dir.beside(destination, "partial").exists()
             if not begun and not any((download / "weights").glob("*")):

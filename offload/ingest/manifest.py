@@ -48,7 +48,7 @@ class Contents:
         self.tensors: dict[str, Stored] = {}
         resident: dict[str, Part] = {}
         for name, shape in resident_shapes(config).items():
-            kind = resident_quantization(role_of(name), mode)
+            kind = resident_quantization(role_of(name), mode, name)
             parts = layout.resident_parts(name, shape, kind, dtypes[name])
             self.tensors[name] = Stored(RESIDENT, kind, shape, tuple(parts))
             resident |= parts

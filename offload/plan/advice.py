@@ -23,7 +23,7 @@ from slotmoe.offload.plan import memory, precision
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, Plan, Sizes, sizes_of
 from slotmoe.offload.plan.precision import BY_TORCH, expected, gpu_kernels, int8_bytes, precision_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.sizes import format_size
 
 # Least and most that was measured of a predicted speed, also with one core busy, by whether rates
@@ -117,8 +117,9 @@ class Model:
         if self.resident is not None and wanted in ("auto", self.resident):
             return self.resident, "as in the export"
         if self.resident is not None:
-            problem = f"its resident weights are {self.resident}"
-            raise PlanError(f"{self.name}: {problem}; quantize again for --resident {wanted}")
+            problem = f"its resident weights are {precision.brief(self.resident)}"
+            way_out = f"quantize again for --resident {precision.brief(wanted)}"
+            raise PlanError(f"{self.name}: {problem}; {way_out}")
         size, most = format_size(int8_bytes(self.config)), format_size(precision.MOST_INT8)
         why = f"int8 would take {size}, and is the default up to {most}"
         return precision_of(self.config, wanted), why if wanted == "auto" else "as asked"
@@ -330,12 +331,10 @@ class Scenario:
         expert slots, the speed of decode, None where it does not fit, and the divergence that the
         bundled sample has so, with and without a text for ``--calibrate``.  On a GPU those that
         Triton's kernels have."""
-        rows, kept = list[Json](), memory.default_codecs(self.model.config)
-        coded = dict(EXPERT_CODECS)
-        if kept != DEFAULT_CODECS:
-            coded[kept.down.name, "4"] = kept
+        rows, config = list[Json](), self.model.config
         resident = dict.fromkeys([self.resident, "int8", "mixed"])
-        for ((codec, bits), codecs), mode in product(coded.items(), resident):
+        experts = precision.expert_choices(config).items()
+        for ((codec, bits), codecs), mode in product(experts, resident):
             other, speed = replace(self, codecs=codecs, resident=mode), None
             if other._by_torch() and other != self:
                 continue
@@ -344,10 +343,10 @@ class Scenario:
             row = {"codec": codec, "bits": bits, "resident": mode, "slots": other.plan.slots}
             row["host_slots"] = other.plan.host_slots
             row["planned"] = mode == self.resident and codecs.names() == self.codecs.names()
-            row["export"] = memory.export_bytes(self.model.config, other.sizes)
+            row["export"] = memory.export_bytes(config, other.sizes)
             row["decode_tokens_per_second"] = speed
-            row["kl_divergence"] = expected(codec, bits, mode, calibrated=False)
-            row["kl_divergence_calibrated"] = expected(codec, bits, mode, calibrated=True)
+            row["kl_divergence"] = expected(config, codec, bits, mode, calibrated=False)
+            row["kl_divergence_calibrated"] = expected(config, codec, bits, mode, calibrated=True)
             rows.append(row)
         return rows
 

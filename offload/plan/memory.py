@@ -174,10 +174,10 @@ def default_codecs(config: Config) -> ExpertCodecs:
 
 @lru_cache(maxsize=64)  # a report asks for the same ones dozens of times
 def sizes_of(config: Config, resident: str, codecs: ExpertCodecs) -> Sizes:
-    """Sizes of an export with ``resident`` of ``RESIDENT_MODES``."""
+    """Sizes of an export with ``resident`` of ``RESIDENT_MODES``, or a ``FITTED_MODE``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
-        size = shapes.resident_bytes(role_of(name), shape, resident)
+        size = shapes.resident_bytes(role_of(name), shape, resident, name)
         components[part_of(name).component] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size

@@ -1,36 +1,49 @@
-"""How weights are coded unless said, what multiplies them, and what codes were measured to lose."""
+"""How weights are coded unless said, what multiplies them, what codes were measured to lose, and
+which of them lose least within a size."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
+from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
-from slotmoe.offload.plan.memory import sizes_of
+from slotmoe.model.names import resident_shapes, role_of
+from slotmoe.offload.plan.memory import default_codecs, export_bytes, sizes_of
+from slotmoe.quant import shapes
 from slotmoe.quant.codecs.codec import (
     DEFAULT_CODECS,
+    EXPERT_CODECS,
     KEPT_CODECS,
     TRITON_KINDS,
     Codec,
     ExpertCodecs,
 )
 from slotmoe.quant.shapes import RESIDENT_MODES
+from slotmoe.sizes import format_size
 
 MOST_INT8 = 4 << 30  # bytes of resident weights; beyond, 4 bits leave much more to the experts
 
 
 def precision_of(config: Config, wanted: str) -> str:
-    """How resident weights are stored, of ``RESIDENT_MODES``.  ``auto`` is int8, closest to the
+    """How resident weights are stored, a ``FITTED_MODE``.  ``auto`` is int8, closest to the
     source, up to ``MOST_INT8``.  It knows no machine, so that plan, quantize and run choose alike,
     and an export has the same bytes wherever it is made.  Raises ``ConfigError``."""
     if wanted == "auto":
         return "int8" if int8_bytes(config) <= MOST_INT8 else "mixed"
-    if wanted not in RESIDENT_MODES:
+    if not re.match(shapes.FITTED_MODE, wanted):
         known = ", ".join(("auto", *RESIDENT_MODES))
         raise ConfigError(f"resident {wanted!r:.40} is unknown, expected one of: {known}")
     return wanted
+
+
+def brief(resident: str) -> str:
+    """A ``FITTED_MODE`` in a word."""
+    return "fitted" if " " in resident else resident
 
 
 def int8_bytes(config: Config) -> int:
@@ -40,7 +53,7 @@ def int8_bytes(config: Config) -> int:
 def gpu_kernels(resident: str, codecs: ExpertCodecs) -> str:
     """What multiplies on a GPU: torch where Triton's kernels lack a code."""
     has_all = {codec.kind for codec in codecs} <= TRITON_KINDS
-    return "triton" if has_all and resident not in ("int6", "int5") else "torch"
+    return "triton" if has_all and not re.search("int[56]", resident) else "torch"
 
 
 def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
@@ -71,11 +84,17 @@ def takes_text(choice: Json) -> bool:
     return choice.get("codec") == "lut" or choice.get("resident") in ("int6", "int5", "mixed")
 
 
-def expected(codec: str, bits: str, resident: str, calibrated: bool) -> float | None:
+def expected(
+    config: Config, codec: str, bits: str, resident: str, calibrated: bool
+) -> float | None:
     """Of experts and resident weights together: the sum of what each does alone.  None where a
     part of it was not measured; codes that are kept, and bf16, cost nothing."""
     experts = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
     others = 0.0 if resident == "bf16" else _alone({"resident": resident}, calibrated)
+    if " " in resident:
+        groups = groups_of(config).items()
+        others = sum(_part(group, names[0], resident, calibrated) for group, names in groups)
+        others **= _POWER
     return None if experts is None or others is None else experts + others
 
 
@@ -83,3 +102,118 @@ def _alone(choice: Json, calibrated: bool) -> float | None:
     wanted = choice | {"calibrated": calibrated and takes_text(choice)}
     found = (row for row in measured()["rows"] if wanted.items() <= row.items())
     return next((row["kl_divergence"] for row in found), None)
+
+
+Group = tuple[str, int]  # resident matrices of a kind in a third of the depth, which have one code
+# Of squared relative errors of codes, lut4's is 1, a text leaves a part.  They add up with what
+# groups were measured to lose, to this power, which fits what whole modes were measured to lose.
+_SQUARED = {"none": 0.0, "int8": 0.009, "int6": 0.075, "int5": 0.3, "lut4": 1.0, "lut3": 4.3}
+_LEFT, _POWER = 0.4, 0.74
+# What stands for a kind of the same role that was not measured.
+_LIKE = {"matrix": "self_attn.o_proj", "sensitive": "self_attn.kv_a_proj_with_mqa"}
+_LIKE |= {"absorbed": "self_attn.kv_b_proj", "embedding": "embed_tokens"}
+
+
+def groups_of(config: Config) -> dict[Group, list[str]]:
+    """All groups, and the names in them."""
+    groups: dict[Group, list[str]] = {}
+    for name in filter(lambda name: role_of(name) in _LIKE, resident_shapes(config)):
+        layer, kind = shapes.kind_of(name)
+        groups.setdefault((kind, 3 * layer // config.layer_count), []).append(name)
+    return groups
+
+
+def _part(group: Group, name: str, resident: str, calibrated: bool) -> float:
+    """What a group that has ``name`` adds to what resident weights are expected to lose."""
+    known, (kind, third), role = measured()["groups"], group, role_of(name)
+    thirds: list[float] = known[kind if kind in known else _LIKE[role]]
+    stored = shapes.resident_quantization(role, resident, name)
+    code, left = (stored.name, _LEFT) if isinstance(stored, Codec) else (stored, 1.0)
+    lost = thirds[min(third, len(thirds) - 1)] ** (1 / _POWER)
+    return lost * _SQUARED[code] * (left if calibrated else 1.0)
+
+
+def expert_choices(config: Config) -> dict[tuple[str, str], ExpertCodecs]:
+    """How experts may be coded, by ``--codec`` and ``--bits``: also as the checkpoint has them."""
+    kept = default_codecs(config)
+    return EXPERT_CODECS | ({} if kept == DEFAULT_CODECS else {(kept.down.name, "4"): kept})
+
+
+class Fit(NamedTuple):
+    """How a model is coded, bytes of the export, and the divergence that is expected."""
+
+    nbytes: int
+    loss: float
+    resident: str
+    codecs: ExpertCodecs
+
+
+def _codes(config: Config, group: Group, calibrated: bool, triton: bool) -> list[Fit]:
+    """What a group may have, the smallest first: ``loss`` is its part of one, as ``resident``."""
+    names, all_shapes = groups_of(config)[group], resident_shapes(config)
+    codes, role = list[Fit](), role_of(names[0])
+    first, last = (shapes.kind_of(name)[0] for name in (names[0], names[-1]))
+    allowed = ["int8", "lut4", "lut3", *(["int6", "int5"] * (not triton))]
+    if role not in ("matrix", "sensitive"):
+        del allowed[1:]
+    elif role == "sensitive" and group[0].startswith(
+        "self_attn"
+    ):  # small; no decoder has bf16 MLPs
+        allowed.append("none")
+    for code in allowed:
+        rule = "" if code == "int8" else f" {group[0]}@{first}-{last}={code}"
+        lost = _part(group, names[0], "int8" + rule, calibrated)
+        sizes = (shapes.resident_bytes(role, all_shapes[n], "int8" + rule, n) for n in names)
+        codes.append(Fit(sum(sizes), lost, rule, DEFAULT_CODECS))
+    return sorted(codes)
+
+
+def fitted(
+    config: Config,
+    size: float = inf,
+    loss: float = 0.0,
+    codecs: ExpertCodecs | None = None,
+    calibrated: bool = False,
+    triton: bool = False,
+) -> Fit:
+    """The codes that lose least in ``size`` bytes, or lose at most ``loss`` nats a token in the
+    fewest: of experts ``codecs`` or any, of resident matrices each group its own; with ``triton``
+    those that its kernels have.  Raises ``ConfigError`` where none is as asked."""
+    groups = [_codes(config, group, calibrated, triton) for group in groups_of(config)]
+    smallest, found = "int8" + "".join(codes[0].resident for codes in groups), list[Fit]()
+    for (codec, bits), experts in expert_choices(config).items():
+        lost = expected(config, codec, bits, "bf16", calibrated)
+        lacks = triton and gpu_kernels("int8", experts) == "torch"
+        if lost is not None and not lacks and codecs in (None, experts):
+            nbytes = export_bytes(config, sizes_of(config, smallest, experts))
+            found.append(_raised(groups, Fit(nbytes, lost, smallest, experts), size, loss))
+    by_size = size < inf
+    good = [fit for fit in found if fit.nbytes <= size and (by_size or fit.loss <= loss)]
+    if good:
+        return min(good, key=lambda fit: fit[1::-1] if by_size else fit[:2])
+    best = min(found, key=lambda fit: fit[:2] if by_size else fit[1::-1])
+    most = f"{format_size(best.nbytes)} and lose about {best.loss:.2g} nats a token"
+    if by_size:
+        more = f"--fit {-(-best.nbytes >> 20)}MiB, fewer --bits or a smaller model"
+        raise ConfigError(f"no codes are as small as --fit: the smallest take {most}; give {more}")
+    more = "a larger --kl, more --bits or --calibrate"
+    raise ConfigError(f"no codes lose as little as --kl: the best take {most}; give {more}")
+
+
+def _raised(groups: Sequence[Sequence[Fit]], fit: Fit, size: float, loss: float) -> Fit:
+    """From the smallest codes on always the step that gains most for its bytes, until no more
+    ``size`` is left, or all with experts, which ``fit`` has alone, lose no more than ``loss``."""
+    now = [codes[0] for codes in groups]
+    nbytes, alone = fit[:2]
+    while (lost := alone + sum(code.loss for code in now) ** _POWER) > loss:
+        steps = [
+            ((old.loss - new.loss) / (new.nbytes - old.nbytes), at, new)
+            for at, (codes, old) in enumerate(zip(groups, now, strict=True))
+            for new in codes
+            if old.nbytes < new.nbytes <= old.nbytes + size - nbytes
+        ]
+        if not steps:
+            break
+        _, at, new = max(steps)
+        nbytes, now[at] = nbytes + new.nbytes - now[at].nbytes, new
+    return Fit(nbytes, lost, "int8" + "".join(code.resident for code in now), fit.codecs)

@@ -158,6 +158,8 @@ class ExpertCodecs(NamedTuple):
 
 # By ``--codec`` and ``--bits``.
 EXPERT_CODECS = {
+    ("lut", "5"): ExpertCodecs(INT5, INT5),
+    ("lut", "4.5"): ExpertCodecs(LUT4, INT5),
     ("lut", "4"): ExpertCodecs(LUT4, LUT4),
     ("lut", "3.5"): ExpertCodecs(LUT3, LUT4),
     ("lut", "3"): ExpertCodecs(LUT3, LUT3),

@@ -16,7 +16,7 @@ from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.quant.codecs.codec import KINDS, SCALES, ExpertCodecs, manifest_codecs, to_version_2
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import COPIED, RESIDENT, Part, checksum, is_predictor, layer_file
-from slotmoe.quant.shapes import TABLE_NAME
+from slotmoe.quant.shapes import FITTED_MODE, TABLE_NAME
 
 _Size = Annotated[int, Meta(ge=1, le=1 << 31)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -65,7 +65,7 @@ class Quantization(Struct):
     layout: Literal["tiles16"]
     codecs: dict[str, _Codec]
     experts: _Projections
-    resident: Literal["bf16", "int8", "int6", "int5", "mixed", "nf4"]
+    resident: Annotated[str, Meta(max_length=1 << 16, pattern=FITTED_MODE)]
     resident_codecs: dict[str, _Coded]
     report: _Report = _Report()
     calibration: str = ""

@@ -264,6 +264,10 @@ BAD_EXPORTS = {
         codec(bits=5, scales="i8", block=32, levels=[*range(-16, 15), 16]),
         "whole numbers of 5",
     ),
+    "resident-unknown": (
+        signed("quantization", "resident", value="int8 lm_head@0-0=lut9"),
+        "resident",
+    ),
     "codec-scales": (codec(scales="f8"), "scales"),
     "codec-missing": (signed("quantization", "codecs", value={}), "'nf4' is not in codecs"),
     "levels-infinite": (infinite_level, "levels"),

@@ -295,7 +295,7 @@ def small(tmp_path_factory):
 
 def from_hub(folder, destination, calibration=None, **options):
     HUB.add(NAME, Repo(folder))
-    make(destination, ready=lambda _: calibration, **options)
+    make(destination, ready=lambda _: {"calibration": calibration}, **options)
 
 
 # By name: how the export is made of the checkpoint in a folder.

@@ -39,7 +39,7 @@ def network_of(raw, resident, ops):
     config, weights = parse_config(raw), random_weights(raw)
 
     def stored(name, weight):
-        quantization = resident_quantization(role_of(name), resident)
+        quantization = resident_quantization(role_of(name), resident, name)
         if quantization == "int8":
             weight = Int8Weight(*int8_by_torch(weight))
         elif isinstance(quantization, Codec):
