@@ -153,13 +153,11 @@ def _codes(config: Config, group: Group, calibrated: bool, triton: bool) -> list
     names, all_shapes = groups_of(config)[group], resident_shapes(config)
     codes, role = list[Fit](), role_of(names[0])
     first, last = (shapes.kind_of(name)[0] for name in (names[0], names[-1]))
-    allowed = ["int8", "lut4", "lut3", *(["int6", "int5"] * (not triton))]
-    if role not in ("matrix", "sensitive"):
-        del allowed[1:]
-    elif role == "sensitive" and group[0].startswith(
-        "self_attn"
-    ):  # small; no decoder has bf16 MLPs
-        allowed.append("none")
+    allowed = ["int8"]
+    if role in ("matrix", "sensitive"):
+        allowed += ["lut4", "lut3", *(["int6", "int5"] * (not triton))]
+        small = role == "sensitive" and "self_attn" in group[0]  # no decoder has an MLP in bf16
+        allowed += ["none"] * small
     for code in allowed:
         rule = "" if code == "int8" else f" {group[0]}@{first}-{last}={code}"
         lost = _part(group, names[0], "int8" + rule, calibrated)
