@@ -129,7 +129,7 @@ def _part(group: Group, name: str, resident: str, calibrated: bool) -> float:
     thirds: list[float] = known[kind if kind in known else _LIKE[role]]
     stored = shapes.resident_quantization(role, resident, name)
     code, left = (stored.name, _LEFT) if isinstance(stored, Codec) else (stored, 1.0)
-    lost = thirds[min(third, len(thirds) - 1)] ** (1 / _POWER)
+    lost: float = thirds[min(third, len(thirds) - 1)] ** (1 / _POWER)
     return lost * _SQUARED[code] * (left if calibrated else 1.0)
 
 
