@@ -219,8 +219,9 @@ def test_what_is_not_served_is_said(served):
 
 # Says what it was given and what the server answers, and ends with 7, or when it is told to.
 CLIENT = f"""#!{sys.executable}
-import json, os, sys, time, urllib.request
+import json, os, signal, sys, time, urllib.request
 if "wait" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else signal.SIG_DFL)
     print(os.getpid(), flush=True)
     time.sleep(60)
 told = os.environ
@@ -241,9 +242,10 @@ def launch(processes, sample_export, tmp_path):
         (tmp_path / name).chmod(0o755)
     own = {"PATH": str(tmp_path), "ANTHROPIC_API_KEY": "another", "ANTHROPIC_BASE_URL": "another"}
 
-    def launch(client, *words):
+    def launch(client, *words, **more):
         options = "--context", 512, "--ram", "2GiB", "--served-model-name", "king"
-        return Forked("launch", client, sample_export, *options, "--", *words, env=os.environ | own)
+        words, more["env"] = (*options, "--", *words), os.environ | own
+        return Forked("launch", client, sample_export, *words, **more)
 
     return launch
 
@@ -260,13 +262,28 @@ def test_a_client_is_started_with_its_server(launch):
         assert "model_providers.slotmoe.wire_api=responses" in words and child.wait() == 7
 
 
-def test_signals_end_a_client_and_its_server(launch):
+# A signal comes with the client.
+EARLY = f"""
+import os, signal, subprocess
+class Popen(subprocess.Popen):
+    def __init__(self, command, *given, **more):
+        super().__init__(command, *given, **more)
+        if "wait" in command:
+            print(self.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+subprocess.Popen = Popen
+{COMMAND_LINE}"""
+ENDS = [("", COMMAND_LINE, 143), ("deaf", COMMAND_LINE, 137), ("", EARLY, 143)]
+
+
+@pytest.mark.parametrize(("how", "program", "code"), ENDS, ids=["usual", "deaf", "early"])
+def test_signals_end_a_client_and_its_server(launch, how, program, code):
     """But for Ctrl-C, which is the client's."""
-    with launch("claude", "wait") as child:
+    with launch("claude", "wait", how, program=program) as child:
         number = int(child.stdout.readline())
         child.send_signal(signal.SIGINT)
         child.terminate()
-        assert child.wait() == 143
+        assert child.wait() == code
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
 

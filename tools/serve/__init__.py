@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,6 @@ _ORIGIN = r"\*|[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+"
 _ORIGIN_FORM = "origin; expected SCHEME://HOST, with :PORT where there is one, and no path"
 # Of ``slotmoe launch``: a first prompt may have 29,000 tokens, and a history has pictures.
 _LAUNCHED = {"port": 0, "context": 65536, "max_sequences": 2, "max_body": "32MiB", "no_log": True}
-_CLIENT = click.Choice(["claude", "codex"])
 _GIVE_KEY = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
@@ -141,23 +140,26 @@ def _serve(
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         options.say(f"{service.name} is ready at {url}, {_READY}")
-
-        client = start and start(url=url, model=service.name, context=runtime.context)
+        client: subprocess.Popen[bytes] | None = None
 
         def stop(number: int) -> None:
-            if client is not None and number == signal.SIGINT:
-                return  # it gets the same signal, and may go on
+            if start is not None and number == signal.SIGINT:
+                return  # its client gets the same signal, and may go on
             leave_after(_GRACE_SECONDS + _LAST_SECONDS, number)
             service.stop()
             server.should_exit = True
 
-        if client is not None:
-            Thread(target=_end_behind, args=(client, server), daemon=True).start()
-        with Stopping(stop, once=client is None) as stopping:
+        with Stopping(stop, once=start is None) as stopping:
+            if start is not None:
+                client = start(url=url, model=service.name, context=runtime.context)
+                Thread(target=_end_behind, args=(client, server), daemon=True).start()
             server.run(sockets=[listener])
         problem = service.engine.problem
     if client is not None:
         client.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            client.wait(_FAILED_SECONDS)
+        client.kill()
         return client.wait() if client.wait() >= 0 else 128 - client.wait()
     if stopping.number:
         leave(stopping.number)  # all is closed, and Python's own end takes longer
@@ -176,7 +178,7 @@ def _end_behind(client: "subprocess.Popen[bytes]", server: "uvicorn.Server") -> 
     name="launch",
     cls=options.Command,
     params=[
-        click.Argument(["client"], type=_CLIENT),
+        click.Argument(["client"], type=click.Choice(["claude", "codex"])),
         *command.params,
         click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED),
     ],
@@ -197,11 +199,10 @@ def launch(client: str, model: str, arguments: tuple[str, ...], **given: Any) ->
     key = (given["api_keys"] or (secrets.token_urlsafe(),))[0]
 
     def start(**about: object) -> "subprocess.Popen[bytes]":
-        about |= {"key": key}
-        variables = {name: text.format(**about) for name, text in told["variables"].items()}
+        added = {name: text.format(key=key, **about) for name, text in told["variables"].items()}
         pairs = [f"{name}={text.format(**about)}" for name, text in told["settings"].items()]
         settings = [word for pair in pairs for word in ("-c", pair)]
-        return subprocess.Popen([program, *settings, *arguments], env={**os.environ, **variables})
+        return subprocess.Popen([program, *settings, *arguments], env={**os.environ, **added})
 
     return _serve(model, **given | {"api_keys": (key,), "start": start})
 
@@ -311,8 +312,7 @@ def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, *kind)[0]
         if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
             raise ConfigError(f"--host {host}: others could use this server; {_GIVE_KEY}")
-        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)
-        if exclusive:
+        if exclusive := getattr(socket, "SO_EXCLUSIVEADDRUSE", 0):
             listener = socket.socket(family)
             listener.setsockopt(socket.SOL_SOCKET, exclusive, 1)  # Windows lets others share it
             listener.bind(address[:2])
