@@ -1,5 +1,4 @@
-"""Comparisons of decode, by the milliseconds of a token: ``depth`` and ``engine``; and what drafts
-gain.
+"""Comparisons of decode, by the milliseconds of a token: ``engine``; and what drafts gain.
 
 ``drafts`` forces the tokens of a known continuation, as if the model had chosen them, so that a
 model of random weights measures it too.
@@ -40,29 +39,9 @@ class _WithoutEngine:
         pass
 
 
-def _milliseconds(runtime: Runtime, ids: list[int], depth: int = 1) -> float:
+def _milliseconds(runtime: Runtime, ids: list[int]) -> float:
     """Of one token.  The first isn't counted: what ran before has moved the memory it needs."""
-    return 1e3 * fmean(speed.token_seconds(runtime, ids, depth)[1:])
-
-
-@click.command()
-@turns.EXPORT
-@count("--depth", 8192, "Tokens cached before the long turns.")
-@count("--against", 128, "Tokens cached before the short turns.")
-@count("--decode-tokens", 9, "Tokens of one turn; the first is not counted.", least=2)
-@turns.repetitions(15)
-@turns.THREADS
-def depth(
-    export: str, depth: int, against: int, decode_tokens: int, repetitions: int, threads: int | None
-) -> None:
-    """What a longer context costs: the ratio is the speed at --depth over that at --against."""
-    if against >= depth:
-        raise click.UsageError(f"--against is {against}, expected less than --depth, {depth}")
-    ids = turns.random_ids(decode_tokens)
-    with Runtime.open(export, context=depth + decode_tokens, threads=threads) as runtime:
-        runtime.warm()
-        ways = {f"after {n}": partial(_milliseconds, runtime, ids, n) for n in (against, depth)}
-        turns.finish(turns.compare(ways, repetitions, f"after {depth}", "milliseconds"))
+    return 1e3 * fmean(speed.token_seconds(runtime, ids)[1:])
 
 
 @click.command()

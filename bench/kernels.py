@@ -36,7 +36,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs
-from slotmoe.quant.codecs.encode import quantize_int8, quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.cpu import bindings
@@ -223,28 +222,47 @@ def _layer(bench: _Bench, codecs: ExpertCodecs | None) -> None:
     _attention(bench)
 
 
+def _stages(export: str, threads: int | None, rounds: int) -> list[turns.Row]:
+    """What the stages of a decoded token read, and their share of a plain read's bandwidth."""
+    with Runtime.open(export, context=64, threads=threads) as runtime:
+        runtime.warm()
+        report, sizes = speed.measure(runtime, 8, 32, 1, rounds), runtime.model.sizes
+    assert sizes is not None
+    ceiling, of = report["ceiling"], sizes.resident
+    read = {"attention": of["attention"] + of["router"] + ceiling["bytes_per_token"]["KV cache"]}
+    read["experts"] = ceiling["bytes_per_token"]["experts"]
+    read["shared experts and dense layers"] = of["shared experts"] + of.get("dense layers", 0)
+    read["head"] = sum(ceiling["bytes_per_token"].values()) - sum(read.values())
+    rows = []
+    for stage, spent in report["decode_milliseconds"].items():
+        row = {"stage": stage, "milliseconds": spent}
+        if size := read.get(stage):
+            row |= {"bytes": size, "ratio": 1e3 * size / spent / ceiling["read_bandwidth"]}
+        rows.append(row)
+    return rows
+
+
 @click.command()
+@click.argument("export", metavar="[EXPORT]", required=False)
 @turns.THREADS
 @click.option("--isa", help="Instruction set. [default: the best here]")
 @turns.repetitions(7)
 @turns.WORKING_SET
 @codec_options
 def kernels(
-    threads: int | None, isa: str | None, repetitions: int, working_set: float, **codec: Any
+    export: str | None, threads: int | None, isa: str | None, repetitions: int, **given: Any
 ) -> None:
-    """Each native kernel beside what bounds it."""
+    """Each native kernel beside what bounds it; or a token of EXPORT, stage by stage."""
     native = bindings.load()
     if native is None:
         advice = "pip install . with a C++ compiler present"
         raise ConfigError(f"the native kernels are not built: {advice}")
     if isa:
         native.set_isa(isa)
-    bench = _Bench("cpu", repetitions, working_set, threads)
-    _layer(bench, expert_codecs(codec))
-    source = torch.randn(N, bench.config.hidden_size).bfloat16()
-    for quantizer in (quantize_nf4, quantize_int8):
-        actions = [partial(quantizer, source)]
-        bench.measure(f"{quantizer.__name__}, bf16", source.numel(), source.nbytes, actions)
+    if export is not None:
+        return turns.finish(_stages(export, threads, repetitions), isa=native.isa)
+    bench = _Bench("cpu", repetitions, given.pop("working_set"), threads)
+    _layer(bench, expert_codecs(given))
     turns.finish(bench.rows, isa=native.isa, threads=native.threads)
 
 

@@ -268,7 +268,6 @@ def by(key, report):
 
 
 BENCHMARKS = {
-    "depth": ("after 60", "--depth", 60, "--against", 10, "--decode-tokens", 3),
     "engine": ("with the engine", "--slots", 60, "--decode-tokens", 3),
     "drafts": ("without drafts", "TEXT", "--prompt-tokens", 40, "--decode-tokens", 20),
 }
@@ -284,6 +283,11 @@ def test_ways_are_compared(name, sample_export, tmp_path):
     assert rows[against]["ratios"] == [1.0, 1.0]
     for row in rows.values():
         assert 0 < row["range"][0] <= row["range"][1] and row["ratio"] > 0
+
+
+def test_stages_of_a_token(sample_export):
+    rows = by("stage", benchmark("kernels", sample_export, "--repetitions", 1))
+    assert all(rows[stage]["bytes"] > 0 < rows[stage]["ratio"] for stage in ("experts", "head"))
 
 
 def test_replay(slotmoe, sample_export, tmp_path):
