@@ -92,10 +92,8 @@ SLOTMOE_NOINLINE void fine_tokens(const Int8Matrix& w, const FineBlock* x, const
                         dot = Tiles > 1 ? Lanes::dot(dot, of[a], x4) : SLOTMOE_DOT_ONCE(dot, of[a], x4);
                     }
             }
-            for (int a = 0; a < Tiles && ahead; a++) {
-                if (Tiles == 1) Lanes::prefetch_to_l2(packed + kPages);
+            for (int a = 0; a < Tiles && ahead; a++)
                 prefetch_lines<kTile * kBlock, Tiles == 1>(packed + a * apart + kPrefetch, past);
-            }
         }
         alignas(64) int32_t sums[kAll][kTile];
         for (int i = 0; i < kAll; i++) {

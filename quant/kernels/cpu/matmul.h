@@ -14,21 +14,21 @@ using W = Lanes::W;
 constexpr int kTokens = 128;
 constexpr int kManyTokens = 4;     // from here on two tiles share the loads of activations
 constexpr int kPrefetch = 6144;    // bytes ahead
-constexpr int kPages = 16384;      // as far ahead a line of each block is asked for, which starts the processor's own
-                                   // prefetching in a page before it is reached
+constexpr int kPages = 16384;      // where one line starts the processor's own prefetching of a page
 
-// Lines of weights. Those of one tile alone, for few tokens, are memory's to bring and go to the second-level cache, which
-// waits for more of them at once than the first; those of two tiles, for many, are near when they are wanted.
+// Lines kPrefetch ahead. Those of one tile alone, for few tokens, wait for memory: the second-level cache has more of them
+// on their way at once than the first.
 template <int Bytes, bool Alone = false>
 inline void prefetch_lines(const void* p, bool past) {
     const char* at = static_cast<const char*>(p);
     if (past)
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch(at + line);
-    else if (Alone)
+    else if (Alone) {
+        if (Bytes > 64) Lanes::prefetch_to_l2(at + kPages - kPrefetch);
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch_to_l2(at + line);
-    else
+    } else
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch_to_l1(at + line);
 }
@@ -93,7 +93,6 @@ struct CodedTile {
     // The block kAhead after this one, or one `skipped` blocks, of a tile, behind that.
     template <bool Alone = true>
     void prefetch(int64_t skipped = 0) const {
-        if (Alone) Lanes::prefetch_to_l2(codes + kPages);
         prefetch_lines<kBytes, Alone>(codes + (kAhead + skipped) * kBytes, past);
         prefetch_lines<1, Alone>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0), past);
     }
@@ -113,7 +112,6 @@ struct Int8Tile {
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
     template <bool Alone = true>
     void prefetch(int64_t skipped = 0) const {
-        if (Alone) Lanes::prefetch_to_l2(packed + kPages);
         prefetch_lines<kBytes, Alone>(packed + (kAhead + skipped) * kBytes, past);
     }
     void next() { packed += kBytes; }
