@@ -21,9 +21,9 @@ _CODED = {  # by mode and role
     "nf4": {"matrix": NF4, "sensitive": NF4},
 }
 FITTED = {codec.name: codec for codec in (INT6, INT5, LUT4, LUT3)}
-# A mode and behind it what has another code: ``KIND@FIRST-LAST=CODE``, layers of ``kind_of``.
+# A mode, or int8 and behind it what has another code: ``KIND@FIRST-LAST=CODE``, see ``kind_of``.
 _CODES = f"(none|int8|{'|'.join(FITTED)})"
-FITTED_MODE = rf"^({'|'.join(RESIDENT_MODES)})( [\w.]{{1,80}}@\d{{1,5}}-\d{{1,5}}={_CODES})*$"
+FITTED_MODE = rf"^({'|'.join(RESIDENT_MODES)}|int8( [\w.]{{1,80}}@\d{{1,5}}-\d{{1,5}}={_CODES})+)$"
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 # Triton kernels: tokens of a pass that the decoder takes at most, programs that share a token's
 # context, and rows of partial sums of several tokens' attention.
