@@ -10,8 +10,6 @@ import numpy as np
 from slotmoe.errors import ConfigError, naming, refused
 from slotmoe.offload.policy.cache import Array, fold
 
-_TRACED = ("layers", "n_routed_experts", "num_experts_per_tok")
-
 
 class TraceStep(NamedTuple):
     """A forward step: ``indices`` uint16 [T, layers, K], ``features`` float16 [T, layers, F]."""
@@ -33,8 +31,8 @@ class TraceWriter:
     def __init__(self, path: Path, layers: tuple[int, ...], n_routed_experts: int, top_k: int):
         with refused(path, ConfigError, "can't write the trace there"):
             self._path, self._file = path, path.open("wb")
-        facts = zip(_TRACED, (layers, n_routed_experts, top_k), strict=True)
-        header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
+        header = {"format": "slotmoe-trace", "version": 2, "layers": layers}
+        header |= {"n_routed_experts": n_routed_experts, "num_experts_per_tok": top_k}
         self._write(json.dumps(header).encode() + b"\n")
         self._layers = layers
         self._step: dict[int, TraceStep] = {}  # [T, K] and [T, F] of each layer so far

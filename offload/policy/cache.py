@@ -186,7 +186,7 @@ class Learned(Cache):
             x_TD = np.ascontiguousarray(x_TD, np.float32)
             inputs = _address(x_TD), *x_TD.shape, _signs_at(-(-x_TD.shape[1] // FEATURES))
         used = _address(ids_TK), *ids_TK.shape
-        self._native.judge.run(self._at, moe_layer, *used, now, *inputs)
+        self._native.call("judge", self._at, moe_layer, *used, now, *inputs)
 
     def _worths(self, expert_ids: Collection[int]) -> list[float]:
         ids = np.array([*expert_ids], np.int64)
@@ -196,7 +196,7 @@ class Learned(Cache):
         return worths
 
     def _least(self, expert_id: int) -> tuple[int, float, float]:
-        self._native.least.run(self._at, expert_id, self._now, self._found_at)
+        self._native.call("least", self._at, expert_id, self._now, self._found_at)
         least, worth, own = self._found.tolist()
         return int(least), worth, own
 

@@ -283,7 +283,10 @@ class NativeBackend(TorchBackend):
 
     def normed_linear(self, x_TK: Tensor, norm_K: Tensor, eps: float, weight: Prepared) -> Tensor:
         matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
-        return self._native.normed_linear(matrix, x_TK.contiguous(), norm_K, eps)
+        (N, K), T, f32, x_TK = matrix.shape, len(x_TK), torch.float32, x_TK.contiguous()
+        y_TN, inputs = torch.empty(T, N), (address(x_TK, f32, T, K), address(norm_K, f32, K))
+        self._native.call("linear", matrix.address, *inputs, eps, T, 1, y_TN.data_ptr())
+        return y_TN
 
     def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
         matrix, G = Matrix.of(weight), x_TGK.shape[1]

@@ -136,7 +136,7 @@ def test_orders_of_events(examples, steps, part):
 def test_decisions_on_recorded_routing(sample_export, tmp_path):
     """Each that the passes of a run lead to, with inputs that at times are no numbers; and there
     are more hits than ``lru`` has."""
-    with Runtime.open(sample_export, context=128) as runtime:
+    with Runtime.open(sample_export, context=128, draft="off") as runtime:
         runtime.trace(tmp_path / "trace")
         runtime.generate(PROMPT, 60).read()
     header, steps = read_trace(tmp_path / "trace")

@@ -51,7 +51,7 @@ def reported(processes, sample_export, tmp_path_factory):
     report, the routing as the trace recorded it, and what the terminal got."""
     folder = tmp_path_factory.mktemp("profile")
     # A process of its own: this one may hold more before a model is open than after.
-    options = "-n", 40, "--slots", 60, "-o", folder, "--trace", folder / "x.trace"
+    options = "-n", 40, "--slots", 60, "-o", folder, "--trace", folder / "x.trace", "--draft", "off"
     with OnTerminal("profile", sample_export, TEXT, *options) as terminal:
         shown = terminal.rest()
         assert terminal.wait() == 0, shown

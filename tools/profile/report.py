@@ -72,16 +72,15 @@ def _observed(
         text = options.prompt_text(prompt, _PROMPT if prompt is None else None)
         if trace is not None:
             runtime.trace(trace)
-
-        stream = runtime.generate(text, **arguments)
-        with (
-            profiled(runtime, sampler.origin) as profiler,
-            Stopping(lambda _: stream.close()) as stopping,
-            step_progress("Profiling, tokens", most, quiet) as advance,
-        ):
-            for token in stream:
-                words.append(token.text)
-                advance()
+        with profiled(runtime, sampler.origin) as profiler:
+            stream = runtime.generate(text, **arguments)
+            with (
+                Stopping(lambda _: stream.close()) as stopping,
+                step_progress("Profiling, tokens", most, quiet) as advance,
+            ):
+                for token in stream:
+                    words.append(token.text)
+                    advance()
         if stopping.number:
             so_far = f"stopped after {len(words)} of {most} tokens; writing the report so far"
             show("", f"slotmoe: {so_far}", err=True)

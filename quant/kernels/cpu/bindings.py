@@ -139,21 +139,16 @@ class Kernels:
         y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None], None, 0.0)
         return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
 
-    def normed_linear(self, weight: Matrix, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """`linear` of the rows [T, K], RMS-normed; checked by hand, as it runs once a token."""
-        (n, k), t, f32 = weight.shape, x.shape[0], torch.float32
-        y, inputs = torch.empty(t, n), (address(x, f32, t, k), address(norm, f32, k))
-        arguments = weight.address, *inputs, eps, t, 1, y.data_ptr()
-        if status := self._functions["linear"].native(*arguments):
+    def call(self, name: str, *arguments: object) -> None:
+        """Call a function with its C arguments, unchecked, and raise what its status says."""
+        if status := self._functions[name].native(*arguments):
             check(status)
-        return y
 
     def decode(self, *arguments: object) -> list[float]:
         """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
         checked them.  Gives the seconds that `STAGES` took."""
         seconds = (ctypes.c_double * len(STAGES))()
-        if status := self._functions["decode"].native(*arguments, seconds):
-            check(status)
+        self.call("decode", *arguments, seconds)
         return seconds[:]
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -155,12 +155,8 @@ class NativeFunction:
             arguments.append(results[-1].data_ptr())
         for letter in self._letters:
             arguments.append(sizes[letter])
-        self.run(*self._in_order(arguments))
+        check(self.native(*self._in_order(arguments)))
         return results
-
-    def run(self, *arguments: object) -> None:
-        """Call the function with its C arguments, unchecked, and raise what its status says."""
-        check(self.native(*arguments))
 
 
 def check(status: int) -> None:
