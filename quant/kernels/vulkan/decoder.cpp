@@ -151,17 +151,6 @@ public:
         task.work = work;
         return task;
     }
-    void copy(const Memory* from, int64_t source, const Memory* to, int64_t target, int64_t bytes, int64_t row_bytes,
-              uint64_t reads, uint64_t writes) {
-        Task task{reads, writes};
-        task.from = from;
-        task.to = to;
-        task.source = source;
-        task.target = target;
-        task.bytes = bytes;
-        task.row_bytes = row_bytes;
-        decoder_.tasks_.push_back(task);
-    }
     int64_t here() const { return static_cast<int64_t>(decoder_.tasks_.size()); }
 
     uint32_t serial = 0;  // choices of experts before
@@ -313,8 +302,8 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         rows(kBetween, D);
         rows(kLogits, E);
         scratch(kNormed, moe ? 4 * D * ((moe - 1) * kRows + T) : 0);
-        rows(kActivated, between);
-        rows(kExperts, K * m.intermediate);
+        rows(kActivated, std::max(between, T > kRows ? K * m.intermediate : 0));  // or of experts in tiles
+        scratch(kExperts, 4 * kRows * K * m.intermediate);
         rows(kChoice, 2 * K);
         scratch(kOrder, T > kRows ? 4 * tiles * (1 + kTileRows) : 0);
         rows(kShared, D);
@@ -339,7 +328,7 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         const uint64_t indices = at(kChoice), weights = indices + 4 * T * K;
         const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
         Program program(*this);
-        program.copy(mapped_, 0, scratch_, device_offset(kIo), start_, stride_, set(kTaken), set(kIo));
+        tasks_.push_back({set(kTaken), set(kIo), mapped_, scratch_, 0, device_offset(kIo), start_, stride_});
         views_.begin = program.here();
 
         const Way wide{number(up(D / 4, 64) / 64)}, one{1};
@@ -366,10 +355,9 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             const AttendParameters attend{at(kQueries), at(kSums), best, number(H), number(splits), number(l),
                                           static_cast<float>(m.scale)};
             const uint32_t r = number(m.r), p = number(m.p), of_heads = number(up(H, 8) / 8), of_v = number(up(m.v, 32) / 32);
-            Task& attending = program.add(kAttend, attend, set(kQueries) | set(kCaches), set(kSums),
-                                          {of_heads, number(splits), 1, {r, p, 0}}, {of_heads, 1, 1, {r, p, 1}});
-            attending.work = static_cast<double>(H) * (m.r + W);
-            attending.by_context = true;
+            program.add(kAttend, attend, set(kQueries) | set(kCaches), set(kSums), {of_heads, number(splits), 1, {r, p, 0}},
+                        {of_heads, 1, 1, {r, p, 1}})
+                .work_by_context = static_cast<double>(H) * (m.r + W);
             const ValuesParameters values{at(kSums), best, kv_b.data, kv_b.scale, at(kValues), number(kv_b.kind), number(H),
                                           number(splits), number(m.n), number(m.v)};
             program.add(kValuesOf, values, set(kSums), set(kValues), {number(H), of_v, 1, {r, 1}},
@@ -398,6 +386,7 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             std::vector<Part> parts{gate};
             if (has_mlp) parts.push_back(activated);
             program.multiply(parts, set(kBetween), set(kLogits) | set(kNormed) | set(kActivated));
+            if (has_mlp) program.multiply({down}, set(kActivated), set(kShared), Program::kMany);
             const RouteParameters route{at(kLogits), layer.gate_bias, table, weights, indices, told + told_weights + told_choice,
                                         told + 256 + told_choice, told, number(m.groups), number(m.kept), number(K),
                                         number(m.group_best), number(m.scoring), number(m.normalized), program.serial,
@@ -437,16 +426,16 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             program.multiply({outputs}, set(kExperts) | set(kChoice) | set(kBetween) | shared, set(kHidden), Program::kFew);
 
             const SumParameters sum{at(kQueries), weights, outputs.others, outputs.add, at(kHidden), number(K), number(D)};
-            if (has_mlp) program.multiply({down}, set(kActivated), set(kShared), Program::kMany);
             outputs.weights = outputs.add = outputs.others = 0;
+            experts.y = outputs.x = at(kActivated);
             outputs.y = at(kQueries);
             outputs.y_row = number(K) * outputs.n;
             for (Part* part : {&experts, &outputs}) {
                 part->indices = at(kOrder);
                 part->places = places;
             }
-            program.multiply({experts}, set(kNormed) | set(kOrder), set(kExperts), Program::kMany);
-            program.multiply({outputs}, set(kExperts) | set(kOrder), set(kQueries), Program::kMany);
+            program.multiply({experts}, set(kNormed) | set(kOrder), set(kActivated), Program::kMany);
+            program.multiply({outputs}, set(kActivated) | set(kOrder), set(kQueries), Program::kMany);
             for (auto task = tasks_.end() - 2; task != tasks_.end(); task++) {
                 task->uses = number(K);
                 task->more = number(E);
@@ -454,14 +443,14 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             sums_.push_back(program.here());
             program.add(kSum, sum, set(kQueries) | set(kChoice) | set(kBetween) | shared, set(kHidden), {}, wide);
         }
-        program.copy(scratch_, device_offset(kHidden), mapped_, told_ + told_hidden, 0, 4 * D, set(kHidden), set(kTold));
+        tasks_.push_back({set(kHidden), set(kTold), scratch_, mapped_, device_offset(kHidden), told_ + told_hidden, 0, 4 * D});
         views_.hidden_end = views_.chosen_end = views_.logits_end = program.here();
         if (m.head.n) {
             program.multiply({normed(part_of(m.head, at(kHidden), at(kScores)), m.norm, m.eps)}, set(kHidden), set(kScores),
                              Program::kFew);
             const GreedyParameters greedy{at(kScores), told + 128, number(m.vocabulary)};
-            program.copy(scratch_, device_offset(kScores), mapped_, told_ + told_logits, 0, 4 * m.vocabulary, set(kScores),
-                         set(kTold));
+            tasks_.push_back({set(kScores), set(kTold), scratch_, mapped_, device_offset(kScores), told_ + told_logits, 0,
+                              4 * m.vocabulary});
             views_.logits_end = program.here();  // whoever samples needs no greedy choice
             program.add(kGreedy, greedy, set(kScores), set(kTold), one, {});
             views_.chosen_end = program.here();
@@ -582,7 +571,7 @@ uint64_t Decoder::submit_parts(const Step& step, const std::vector<Piece>& piece
         double left = at_once_;
         while (at < pieces.size() && left > 0) {
             const auto& [task, first, all] = pieces[at];
-            const double work = task->work * (task->by_context ? context : 1.0);
+            const double work = task->work + context * task->work_by_context;
             const uint32_t count = work * (all - done) <= left ? all - done : std::max(1u, static_cast<uint32_t>(left / work));
             part.push_back({task, done, count});
             left -= work * count;

@@ -123,14 +123,13 @@ private:
     };
     struct Task {
         uint64_t reads, writes;
+        const Memory *from = nullptr, *to = nullptr;  // of a copy
+        int64_t source = 0, target = 0, bytes = 0, row_bytes = 0;
         int shader = -1;
         Way ways[2];
         uint32_t serial = 0, uses = 1, more = 0;  // z has `more` beside what `uses` of each row need
-        double work = 0;                          // products of one of z; for each position of the context if so
-        bool by_context = false;
+        double work = 0, work_by_context = 0;     // products of one of z, and for each position of the context
         size_t parameters = 0;
-        const Memory *from = nullptr, *to = nullptr;  // of a copy
-        int64_t source = 0, target = 0, bytes = 0, row_bytes = 0;
 
         uint32_t depth(int64_t rows) const;
     };

@@ -168,8 +168,12 @@ uint start_of(uint number, uint place, uint by_row, uint by_use) {
   uint uses = p.parts[number].uses;
   return place / uses * by_row + place % uses * by_use;
 }
+uint start_in_x(uint number, uint r, uint use) {
+  uint place = place_of(number, r, use);
+  if (place == NONE) place = place_of(number, 0u, use);  // which is there
+  return start_of(number, place, p.parts[number].x_row, p.parts[number].x_use) / 4u;
+}
 
-// The norm's of row r.
 float factor_of(uint number, uint at) {
   precise float total = 0.0;
   for (uint j = 0u; j < 8u; j++) total += squares[at + j];
@@ -198,23 +202,15 @@ void main() {
       if (expert != NONE) record = Longs(p.parts[number].records).a[expert];
       if (TILE > 1u && record == 0ul) return;  // no such tile, or not this time
     }
-    uint place0 = place_of(number, 0u, use);
-    [[unroll]] for (uint r = 0u; r < TILE; r++) {
-      uint place = place_of(number, r, use);
-      from[r] = start_of(number, place == NONE ? place0 : place, p.parts[number].x_row, p.parts[number].x_use) / 4u;
-    }
+    [[unroll]] for (uint r = 0u; r < TILE; r++) from[r] = start_in_x(number, r, use);
     square = 0.0;
     if (TILE > 1u && gain != 0ul) {  // as `plain` and `coded` do it
       uint width = is_coded ? 2u : 4u;
       for (uint o = i; o < 8u * TILE; o += 128u) {
-        uint place = place_of(number, o / 8u, use);
-        uint start = start_of(number, place == NONE ? place0 : place, p.parts[number].x_row, p.parts[number].x_use) / 4u;
-        precise float total = 0.0;
+        uint start = start_in_x(number, o / 8u, use);
+        float total = 0.0;
         for (uint c = width * (o % 8u); c < k / 4u; c += 8u * width) {
-          for (uint j = c; j < min(c + width, k / 4u); j++) {
-            vec4 v = Vectors(x).v[start + j];
-            total = add_dot(v, v, total);
-          }
+          for (uint j = start + c; j < start + min(c + width, k / 4u); j++) total = add_dot(Vectors(x).v[j], Vectors(x).v[j], total);
         }
         squares[o] = total;
       }
