@@ -21,7 +21,7 @@ from slotmoe.offload.model_cache import is_hub_id, library, locate
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context, share_of
-from slotmoe.offload.plan.precision import brief
+from slotmoe.offload.plan.precision import brief, on_vulkan
 from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.sizes import format_size, parse_size
@@ -114,6 +114,9 @@ def command(
         size = plan.total if target.vram is None else sum(plan.host.values())
         target = replace(target, threads=choose_placement(size).threads)
         scenario = replace(scenario, machine=target)
+    if target.vulkan and not on_vulkan(planned.config):
+        problem = f"{planned.config.family.architecture} is not there yet on Vulkan"
+        raise PlanError(f"{model}: {problem}; plan it with --device cpu")
     report = scenario.report(prompt_tokens, max_new_tokens)
     report |= {
         "resident": {"precision": resident, "why": why},
@@ -180,7 +183,11 @@ def _machine(given: Json) -> Machine:
     free_ram += IMPORT_BYTES - machine.process_bytes()
     free_disk = shutil.disk_usage(machine.cache_disk()).free if _is_here(given) else None
     rates, ram = _bandwidths(given, name, known), parse_size(given["ram"] or free_ram)
-    return Machine(ram, vram, threads, rates, free_disk, name, unused)
+    if vram == 0:  # the GPU's memory is RAM
+        own = rates.gpu if known is not None else rates.ram
+        vram, rates = ram, rates.updated("without a link", gpu=own, pcie=0.0, pcie_busy=0.0)
+    vulkan = device.startswith("vulkan") or (known is not None and known.vulkan)
+    return Machine(ram, vram, threads, rates, free_disk, name, unused, vulkan)
 
 
 def _bandwidths(given: Json, gpu: str | None, known: advice.KnownGpu | None) -> Bandwidths:
@@ -208,6 +215,10 @@ def _gpu(device: str) -> tuple[str | None, int | None, list[str]]:
     """The GPU here that ``run --device`` would take and its budget, and a remark on one that it
     would not.  Raises ``PlanError``."""
     index = machine.device_index(device)
+    if device.startswith("vulkan"):
+        if reason := (asked := machine.ask_gpu(index, "vulkan"))["reason"]:
+            raise PlanError(f"--device {device}: {reason}")
+        return asked["name"], 0 if asked["unified"] else share_of(asked["free"]), []
     if (gpu := machine.visible_gpu(index)) is None:
         if device == "auto":
             return None, None, []

@@ -118,11 +118,12 @@ class Device:
     """The CPU, whose every call has done its work when it returns; ``CudaDevice`` is a GPU.
     ``device`` is where its tensors live, ``tier`` the memory that its slots take (``ram`` or
     ``vram``).  ``queues``: kernels are only queued when a call returns.
-    ``reads_in_place``: they read experts that have no slot from RAM.  ``placement``: where CPU
+    ``reads_in_place``: they read experts that have no slot from RAM, which is all the memory that a
+    ``unified`` one has.  ``placement``: where CPU
     threads run and RAM lies.  ``copy``, ``pin`` and ``empty`` may be called from any thread."""
 
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
-    reads_in_place = False
+    reads_in_place = unified = False
     placement = Placement(1)
 
     def refuse(self, config: Config, asked: Mapping[str, object]) -> None:

@@ -22,8 +22,9 @@ from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.store import CACHED, STALE
+from slotmoe.offload.plan.precision import on_vulkan
 from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.backends.vulkan import SCORINGS, DeviceRows, VulkanBackend, allocate
+from slotmoe.quant.backends.vulkan import DeviceRows, VulkanBackend, allocate
 from slotmoe.quant.kernels import vulkan as kernels
 from slotmoe.quant.shapes import Activation
 
@@ -46,8 +47,8 @@ class _Copy(Event):
 
 
 def gpu_report(index: int) -> Json:
-    """Of device ``index`` its ``name``, its ``free`` bytes and the ``reason`` why it can't be used;
-    and the names of ``all``."""
+    """Of device ``index`` its ``name``, its ``free`` bytes, whether they are RAM (``unified``) and
+    the ``reason`` why it can't be used; and the names of ``all``."""
     try:
         infos, reason = kernels.devices(), f"there is no device {index}"
     except kernels.VulkanError as problem:
@@ -55,6 +56,7 @@ def gpu_report(index: int) -> Json:
     report = {"all": [info.name.decode() for info in infos], "reason": reason}
     for info in infos[index : index + 1]:
         report |= {"name": info.name.decode(), "free": info.heap, "reason": info.problem.decode()}
+        report["unified"] = info.kind in (1, 4)  # integrated, or a CPU
     return report
 
 
@@ -67,16 +69,19 @@ class VulkanDevice(Device):
     def __init__(self, index: int):
         if reason := (found := gpu_report(index))["reason"]:
             raise ConfigError(f"device vulkan:{index}: {reason}; or use --device cpu")
-        self.vulkan, self.name = kernels.Vulkan(index), found["name"]
+        self.vulkan, self.name, self.unified = (
+            kernels.Vulkan(index),
+            found["name"],
+            found["unified"],
+        )
         self._reached = list[Region]()  # RAM that has to outlive the device
         weakref.finalize(self, self.vulkan.close)
 
     def refuse(self, config: Config, asked: Mapping[str, object]) -> None:
-        family, more = config.family, (config.indexer, config.hyper, config.delta)
         missing = [name for name, known in _OPTIONS.items() if asked[name] not in known]
         problem = ", ".join(f"{name} {asked[name]}" for name in missing)
-        if family.attention != "latent" or family.scoring not in SCORINGS or any(more):
-            problem = family.architecture
+        if not on_vulkan(config):
+            problem = config.family.architecture
         if problem:
             raise ConfigError(f"{problem} is not there yet on Vulkan; use --device cpu")
 
@@ -193,15 +198,9 @@ class PlacedExperts(Experts):
         self._keep(used)
 
     def _keep(self, used: list[int]) -> None:
-        """Begin copies, as many as may be on their way, of what the cache would keep."""
+        """Begin copies, as many as may be on their way, of what they pay for; once there, it
+        takes the place of what is worth least."""
         store, host = self._store, self._host.store
-        for id in used:
-            if store.state(id) > STALE or host.state(id) is not CACHED:
-                continue
-            if not self.slots.has_staging():
-                return
-            evicted = self._cache.victim(id)
-            if evicted != id:
-                if evicted is not None:
-                    store.move(store.of[evicted], STALE)
+        for id in self._cache.worth_a_copy(used) if self.slots.has_staging() else ():
+            if store.state(id) <= STALE and host.state(id) is CACHED:
                 self.slots.prefetch(id, _ONWARD)

@@ -295,6 +295,7 @@ class _Loader:
             sequences=options.sequences,
             drafts=options.draft in ("ngram", "mtp")
             or (options.draft == "auto" and self._backend.kind == "native"),
+            unified=self._device.unified,
         )
 
     def _settle(self, plan: Plan) -> None:

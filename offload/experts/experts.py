@@ -198,15 +198,10 @@ class Experts:
         else:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
-            for moe_layer, indices in enumerate(chosen.get().tolist(), first):
-                uses, count = self._uses(moe_layer, indices), len(self._missed)
-                self._missed += [id for id in uses if id not in self._cache.cached]
-                missing = len(self._missed) - count
-                self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
-                seen_TD = chosen.others()[0][moe_layer - first].numpy() if inputs else None
-                self._cache.use_chunk(moe_layer, indices, x_TD=seen_TD)
-                if self.lookahead is not None:
-                    self.lookahead.chosen(moe_layer, uses, 0)
+            seen_MTD = chosen.others()[0].numpy() if inputs else None
+            self._missed += self._cache.use_layers(first, chosen.get().numpy(), seen_MTD)
+            if self._listeners or self.lookahead is not None:
+                self._say(first, chosen.get().tolist())
         self._end_of_layer(first + len(indices_MTK) - 1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
@@ -395,6 +390,15 @@ class Experts:
             return dict.fromkeys([first + expert for expert in indices[0]], 1)
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
+
+    def _say(self, first: int, indices_MTK: list[list[list[int]]]) -> None:
+        """Who listens, and who looks ahead, hear of layers that a backend went through at once."""
+        for moe_layer, indices in enumerate(indices_MTK, first):
+            uses = self._uses(moe_layer, indices)
+            missing = len(uses.keys() - self._cache.cached)
+            self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
+            if self.lookahead is not None:
+                self.lookahead.chosen(moe_layer, uses, 0)
 
     def _tell(self, route: Route) -> None:
         if route.moe_layer < self._count:  # who listens knows of no head

@@ -99,9 +99,9 @@ class HostTier:
             self._hear()
 
     def _hear(self) -> None:
-        for expert_id in self._uses:
-            self.cache.use(expert_id)
-        self._uses.clear()
+        if self._uses:
+            self.cache.use(self._uses)
+            self._uses.clear()
 
     def acquire(self, expert_id: int) -> Read:
         """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""

@@ -34,23 +34,26 @@ SPREAD = {False: (0.65, 1.7), True: (0.4, 2.5)}
 @dataclass(frozen=True)
 class KnownGpu:
     """A GPU: its memory in GiB, bandwidths of memory and PCIe link in bytes a second, and the
-    operations of its tensor cores a second, bf16 with float32 sums, dense."""
+    operations of its tensor cores a second, bf16 with float32 sums, dense; where its memory is RAM,
+    no GiB and no link.  ``vulkan``: nothing else runs on it."""
 
     gibibytes: int
     bandwidth: float
     pcie: float
     operations: float
+    vulkan: bool
 
     @property
     def budget(self) -> int:
         """Bytes that ``run`` takes: a share of what a CUDA context and a desktop leave free."""
-        return memory.share_of(int((self.gibibytes - 0.9) * (1 << 30)))
+        return memory.share_of(int(max(0.0, self.gibibytes - 0.9) * (1 << 30)))
 
 
 _GPUS: Json = json.loads(Path(__file__).with_name("gpus.json").read_bytes())
 GPUS = {
-    name: KnownGpu(gibibytes, bandwidth * 1e9, pcie * 1e9, operations * 1e12)
-    for name, (gibibytes, bandwidth, pcie, operations) in _GPUS["known"].items()
+    name: KnownGpu(gibibytes, bandwidth * 1e9, pcie * 1e9, operations * 1e12, kind == "vulkan")
+    for kind in ("known", "vulkan")
+    for name, (gibibytes, bandwidth, pcie, operations) in _GPUS[kind].items()
 }
 OLDER: dict[str, str] = _GPUS["older"]  # too old for the kernels: their compute capabilities
 
@@ -161,7 +164,8 @@ class Model:
 @dataclass(frozen=True)
 class Machine:
     """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go,
-    None on another machine; the GPU's name where it is known, and ``notes`` on what is there."""
+    None on another machine; the GPU's name where it is known, and ``notes`` on what is there;
+    ``vulkan`` computes there, without a link in RAM."""
 
     ram: int
     vram: int | None
@@ -170,6 +174,7 @@ class Machine:
     free_disk: int | None
     gpu: str | None = None
     notes: Sequence[str] = ()
+    vulkan: bool = False
 
 
 def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
@@ -206,22 +211,30 @@ class Scenario:
     def plan(self) -> Plan:
         """Raises ``PlanError`` for slots that can't serve one token."""
         machine, gpu = self.machine, self.machine.vram is not None
+        imported = memory.CUDA_IMPORT_BYTES if gpu and not machine.vulkan else memory.IMPORT_BYTES
         return memory.make_plan(
             self.model.config,
             self.sizes,
             tier="vram" if gpu else "ram",
             budget=machine.vram or machine.ram,
             context=self.context,
-            runtime_bytes=memory.CUDA_IMPORT_BYTES if gpu else memory.IMPORT_BYTES,
+            runtime_bytes=imported,
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
-            kernels=gpu_kernels(self.resident, self.codecs) if gpu else "native",
+            kernels=self._kernels,
             drafts=self.drafts,
+            unified=not machine.bandwidths.pcie,
         )
 
-    def _by_torch(self) -> list[str]:
+    @property
+    def _kernels(self) -> str:
+        if self.machine.vulkan:
+            return "vulkan"
         gpu = self.machine.vram is not None
-        return [BY_TORCH] if gpu and gpu_kernels(self.resident, self.codecs) == "torch" else []
+        return gpu_kernels(self.resident, self.codecs) if gpu else "native"
+
+    def _by_torch(self) -> list[str]:
+        return [BY_TORCH] if self._kernels == "torch" else []
 
     @property
     def fits(self) -> bool:
@@ -301,7 +314,7 @@ class Scenario:
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {tier: known(tier, "bytes_per_second") for tier in tiers},
             "core": {name: known(name, "per_second") for name in CORE},
-            "constants": constants(rates, gpu, config),
+            "constants": constants(rates, gpu, config, machine.vulkan),
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),
@@ -323,8 +336,10 @@ class Scenario:
     def _setting(self) -> Setting:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
         on, threads = (config, sizes, self.plan, rates), self.machine.threads
-        setting = Setting(*on, threads, self.model.random_weights, prefetch=self.prefetch)
-        return setting.with_mode(self.misses) if self.plan.tier == "vram" else setting
+        how: Json = {"prefetch": self.prefetch, "vulkan": self.machine.vulkan}
+        setting = Setting(*on, threads, self.model.random_weights, **how)
+        chooses = self.plan.tier == "vram" and not self.machine.vulkan
+        return setting.with_mode(self.misses) if chooses else setting
 
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,

@@ -205,9 +205,11 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
     the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
     With ``torch``: one block of scores with its expanded keys and values, and a dequantized slice
-    of weights.  For ``triton`` see ``_gpu_scratch``: ``vulkan``, whose rows are few, takes less.
+    of weights.  For ``triton`` see ``_gpu_scratch``, for ``vulkan`` ``_vulkan_scratch``.
     """
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
+    if kernels == "vulkan":
+        return _vulkan_scratch(config)
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = (2 + c.mtp) * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
@@ -222,6 +224,17 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
     rows = 3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest
     rows += T * _more_scratch(c)
     return value_bytes * (rows + scores + weights)
+
+
+def _vulkan_scratch(c: Config) -> int:
+    """What decoder.cpp allocates for rows of a step, and for what its shaders are told."""
+    D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
+    head, moe, splits = c.qk_nope_head_dim + c.qk_rope_head_dim, len(c.moe_layers), 1024 // H
+    widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size)
+    row = (3 + moe) * D + (c.q_lora_rank or 0) + H * (head + c.v_head_dim) + c.n_routed_experts
+    row += (H + 1) * (R + c.qk_rope_head_dim) + H * min(max(splits, 16), 64) * (R + 2)
+    row += widest + K * (c.moe_intermediate_size + 2) + c.vocab_size
+    return 4 * FEW_ROWS * row + 8 * moe * c.n_routed_experts + 1600 * c.num_hidden_layers
 
 
 def _more_scratch(c: Config) -> int:
@@ -351,12 +364,14 @@ def make_plan(
     logits_rows: int = 1,
     sequences: int = 1,
     drafts: bool = False,
+    unified: bool = False,
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert
     slots as remain, or exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU
     likewise.  ``runtime_bytes`` is what the process holds before a model is opened; ``logits_rows``
     rows of logits are in memory at once, and the latents of ``sequences`` sequences of ``context``
-    positions; with ``drafts``, also more rows of a pass of decode.  A plan that doesn't fit has a
+    positions; with ``drafts``, also more rows of a pass of decode.  Where memory is ``unified``,
+    the GPU's is that RAM, and experts stay where they are read to.  A plan that doesn't fit has a
     ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
@@ -365,11 +380,12 @@ def make_plan(
         reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
         raise PlanError(f"{slots} expert slots are too few: {reason}")
     runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
-    table = 4 * (everything + config.n_routed_experts) + shapes.LEVELS_BYTES
+    table, vulkan = 4 * (everything + config.n_routed_experts), kernels == "vulkan"
+    table = shapes.LEVELS_BYTES + table * (not vulkan)  # there it is in the scratch
     components = {
         **sizes.resident,
         "KV cache": sequences * kv_bytes(config, context, kernels, marks),
-        "logits": 4 * logits_rows * config.vocab_size,
+        "logits": 4 * logits_rows * config.vocab_size * (not vulkan),
         **({"runtime": runtime} if on_cpu else {"slot table": table}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
@@ -382,9 +398,10 @@ def make_plan(
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
         chunk = _prefill_chunk(config, context, room)
-    waiting = waiting_bytes(config, chunk)
+    waiting = 0 if vulkan else waiting_bytes(config, chunk)
     count, staging = _divide((room - waiting) // record, slots, everything, top_k)
-    if count < (least := min(slots or top_k, everything)):
+    in_place = unified and slots is None
+    if count < (least := min(slots or top_k, everything)) or in_place:
         count, staging = least, top_k
     components |= {
         "prefill scratch": scratch + sums,
@@ -394,8 +411,10 @@ def make_plan(
     }
     given = components, count, staging, record, budget, tier, context, chunk, drafted
     plan = Plan(*given, marks=marks)
-    top_k *= FEW_ROWS if kernels == "vulkan" else 1  # which may all be read in RAM
-    return plan if host_budget is None else _above(plan, runtime, host_budget, everything, top_k)
+    top_k *= FEW_ROWS if vulkan else 1  # which may all be read in RAM
+    if host_budget is None:
+        return plan
+    return _above(plan, runtime, host_budget - plan.total * unified, everything, top_k)
 
 
 def _drafted(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:

@@ -65,6 +65,13 @@ def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
     return "torch" if lacking and is_gpu and asked == "auto" else asked
 
 
+def on_vulkan(config: Config) -> bool:
+    """Whether Vulkan's shaders compute a model: latents, and experts chosen by their scores."""
+    family, more = config.family, (config.indexer, config.hyper, config.delta)
+    scores = family.scoring in ("softmax", "sigmoid")
+    return family.attention == "latent" and scores and not any(more)
+
+
 BY_TORCH = (
     "Triton's kernels lack these codes: torch's operations multiply on CUDA, slower than said"
 )

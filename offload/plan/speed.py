@@ -25,6 +25,7 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.machine import read_note, write_note
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, kv_read_bytes
+from slotmoe.quant.shapes import FEW_ROWS
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
@@ -36,6 +37,7 @@ HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, no
 # Kernels of a token in a layer by its attention: latents have one graph, of one more with q-LoRA;
 # the others are launched one by one from Python, and so is all of prefill.
 GPU_LAUNCHES = {"latent": 8, "indexed": 62, "compressed": 78, "grouped": 56}
+VULKAN_LAUNCHES, BARRIER_SECONDS = 9, 5e-6  # of a layer, one more with q-LoRA; from one to the next
 PREFILL_LAUNCHES = 40
 GPU_LAUNCH_SECONDS, PYTHON_LAUNCH_SECONDS = 1.5e-6, 8e-6  # each of them: assumed
 GPU_MISS_SECONDS = 5e-5  # from a layer's choice to its first copy, 0.02 ms of it for the driver
@@ -45,6 +47,7 @@ GPU_MISS_SECONDS = 5e-5  # from a layer's choice to its first copy, 0.02 ms of i
 HOST_SECONDS = {"fetch": 4.8e-4, "cpu": 4.4e-4, "hybrid": 6.4e-4}
 CPU_START_SECONDS = {"cpu": 1e-4, "hybrid": 1.5e-4}
 SAMPLE_SECONDS = 8e-10  # a logit: 0.1 ms for 129,280 with temperature and top-p, one core
+VULKAN_HOST_SECONDS = 1.5e-4  # of a token, with what goes on to slots: scripts/choices.py
 TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
@@ -121,17 +124,19 @@ class Bandwidths:
         return float(products * (large - a_value * few) + values * a_value)
 
 
-def gpu_launches(config: Config) -> tuple[int, float]:
+def gpu_launches(config: Config, vulkan: bool) -> tuple[int, float]:
     """Kernels of a token in a layer on a GPU, and seconds of each beside its work."""
     kind = config.family.attention
+    if vulkan:
+        return VULKAN_LAUNCHES + (config.q_lora_rank is not None), BARRIER_SECONDS
     if kind == "latent" and config.indexer is None and config.delta is None:
         return GPU_LAUNCHES[kind] + (config.q_lora_rank is not None), GPU_LAUNCH_SECONDS
     return GPU_LAUNCHES["indexed" if kind == "latent" else kind], PYTHON_LAUNCH_SECONDS
 
 
-def constants(rates: Bandwidths, gpu: bool, config: Config) -> dict[str, float]:
+def constants(rates: Bandwidths, gpu: bool, config: Config, vulkan: bool) -> dict[str, float]:
     """What a prediction takes for granted, by its name in the report."""
-    launches, seconds = gpu_launches(config)
+    launches, seconds = gpu_launches(config, vulkan)
     of_cpu = {
         "products for a value of prefill's stream": STREAM_PRODUCTS,
         "tokens for an expert's decoding": DECODED_ROWS,
@@ -149,6 +154,14 @@ def constants(rates: Bandwidths, gpu: bool, config: Config) -> dict[str, float]:
         "the host's work for that": HOST_SECONDS["fetch"],
         "sampling a logit": SAMPLE_SECONDS,
     }
+    of_vulkan = {
+        "share of GPU memory's bandwidth": GPU_SHARE,
+        "kernels a layer": launches,
+        "seconds between two": seconds,
+        "the host's work a token": VULKAN_HOST_SECONDS,
+        "sampling a logit": SAMPLE_SECONDS,
+    }
+    of_gpu = of_vulkan if vulkan else of_gpu
     of_head = {"the head's drafts that are right": HEAD_RIGHT} if config.mtp else {}
     return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
 
@@ -197,7 +210,8 @@ class Speed:
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
     use any expert, as with the weights of ``slotmoe synth``; else it uses experts as text does.
-    ``misses`` says how a GPU's missing experts are computed (``Split``)."""
+    ``misses`` says how a GPU's missing experts are computed (``Split``); by ``vulkan`` they are
+    read in RAM, which without a link is the GPU's memory too."""
 
     config: Config
     sizes: Sizes
@@ -207,6 +221,7 @@ class Setting:
     random_routing: bool
     misses: str = "fetch"
     prefetch: bool = True
+    vulkan: bool = False
 
     def hits(self, slots: int) -> float:
         """Hit rate to expect of so many slots: on text ``TEXT_HITS``, interpolated."""
@@ -273,16 +288,17 @@ class Setting:
         many bytes: all its kernels, and where experts of a layer are in no slot, their way or the
         CPU, and what the host does longer than those take."""
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
-        layers, (launches, seconds) = len(c.moe_layers), gpu_launches(c)
-        hits = self.hits(self.plan.slots)
+        layers, (launches, seconds) = len(c.moe_layers), gpu_launches(c, self.vulkan)
+        hits = self.hits(self.plan.slots) if rates.pcie else 1.0
         between = c.num_hidden_layers * launches * seconds + c.vocab_size * SAMPLE_SECONDS
+        between += VULKAN_HOST_SECONDS * self.vulkan
         each, behind = round(used / layers), 0.0
-        for missing in range(1, each + 1):
+        for missing in range(1, each + 1) if rates.pcie else ():
             share = math.comb(each, missing) * (1 - hits) ** missing * hits ** (each - missing)
             waits = self._missing_seconds(missing)
             behind += layers * share * waits
             host = GPU_MISS_SECONDS + max(0.0, HOST_SECONDS[self.misses] - waits)
-            between += layers * share * host
+            between += layers * share * host * (not self.vulkan)
         # Meanwhile the GPU computes experts in slots and shared ones.
         beside = (used * hits + layers * c.n_shared_experts) * record
         computing = touched - min(beside, behind * rates.gpu * GPU_SHARE)
@@ -324,11 +340,14 @@ class Setting:
         c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
         experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
         spent = defaultdict[str, float](float, disk=0.0)
+        for start in range(0, tokens, FEW_ROWS) if self.vulkan else ():
+            for name, seconds in self._decode_seconds(start, min(tokens - start, FEW_ROWS)).items():
+                spent[name] += seconds
 
         def used(tokens: int) -> float:  # bytes of experts
             return experts * (1 - (1 - K / c.n_routed_experts) ** tokens) * record
 
-        for start in range(0, tokens, plan.prefill_chunk):
+        for start in range(0, tokens * (not self.vulkan), plan.prefill_chunk):
             chunk = min(tokens - start, plan.prefill_chunk)
             needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
             spent["disk"] += needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk

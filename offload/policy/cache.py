@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Choices = Sequence[Sequence[int]]  # of a gate: indices [T, K]
 FEATURES = 256
+_COPIES = 2.0  # least bytes over a link at 1 to 3, on the sample with 25% and 50% in slots
 FOLLOWED = 256  # newest tokens of a pass that are learned from
 
 
@@ -47,10 +48,9 @@ class Cache:
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
         self._now += tokens
 
-    def use(self, expert_id: int) -> None:
-        """The newest token's gate chose ``expert_id``, cached or not."""
-        moe_layer, expert = divmod(expert_id, self.experts)
-        self.use_chunk(moe_layer, [[expert]])
+    def use(self, expert_ids: Sequence[int]) -> None:
+        """The newest token's gates chose ``expert_ids``, one after the other, cached or not."""
+        self._use(np.array(expert_ids, np.int64)[:, None, None], 0, None)
 
     def use_chunk(
         self, moe_layer: int, indices: Choices, later: int = 0, x_TD: Array | None = None
@@ -60,11 +60,22 @@ class Cache:
         since a chunk brings it once.  ``x_TD`` are the newest tokens' inputs of the layer, None
         where they do not follow each other."""
         ids_TK = np.array(indices, np.int64) + moe_layer * self.experts
-        distinct = {*ids_TK.ravel().tolist()}
-        hits = len(distinct & self.cached)
-        self.hits += hits
-        self.misses += len(distinct) - hits
-        self._touch(moe_layer, ids_TK, self._now - later, x_TD)
+        self._use(ids_TK[None], later, None if x_TD is None else x_TD[None])
+
+    def use_layers(self, first: int, indices_MTK: Array, x_MTD: Array | None = None) -> list[int]:
+        """``use_chunk`` for all of a pass's tokens in the layers from ``first`` on; the distinct
+        experts that are missing, by layer."""
+        layers = np.arange(first, first + len(indices_MTK))
+        ids_MTK = np.add(indices_MTK, self.experts * layers[:, None, None], order="C")
+        return self._use(ids_MTK, 0, x_MTD)
+
+    def _use(self, ids_MTK: Array, later: int, x_MTD: Array | None) -> list[int]:
+        distinct_N = np.unique(ids_MTK) if ids_MTK.shape[1] > 1 else ids_MTK.ravel()
+        missing: list[int] = distinct_N[~self._cached_N[distinct_N]].tolist()
+        self.hits += len(distinct_N) - len(missing)
+        self.misses += len(missing)
+        self._touch(ids_MTK, self._now - later, x_MTD)
+        return missing
 
     def victim(self, expert_id: int, must: bool = False) -> int | None:
         """What is to be evicted for ``expert_id``, which was used: None if there is room, a cached
@@ -77,6 +88,16 @@ class Cache:
             return expert_id
         self.evictions += 1
         return victim
+
+    def worth_a_copy(self, expert_ids: Collection[int]) -> list[int]:
+        """Those absent ``expert_ids`` that a copy to a slot pays for, the best first.  One use
+        where it lies costs as much, so each is worth ``_COPIES`` of what is evicted."""
+        if not expert_ids or len(self.cached) < self.slots:
+            return [*expert_ids]
+        worths, (_, least, _) = self._worths(expert_ids), self._least(min(expert_ids))
+        least *= _COPIES if self.bypass else 1
+        pairs = zip(worths, expert_ids, strict=True)
+        return [id for _, id in sorted((pair for pair in pairs if pair[0] > least), reverse=True)]
 
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
         """``expert_ids``, cached or not, that of least worth last, of equals that of lowest id."""
@@ -100,10 +121,10 @@ class Cache:
     def __len__(self) -> int:
         return len(self.cached)
 
-    def _touch(self, moe_layer: int, ids_TK: Array, now: int, x_TD: Array | None) -> None:
-        """The pass's T tokens, the newest of them ``now``, used ``ids_TK`` of ``moe_layer``."""
-        self._worth_N[ids_TK.flat] = np.arange(self._uses, self._uses + ids_TK.size)
-        self._uses += ids_TK.size
+    def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
+        """The pass's T tokens, the newest of them ``now``, used ids of a layer each."""
+        self._worth_N[ids_MTK.ravel()] = np.arange(self._uses, self._uses + ids_MTK.size)
+        self._uses += ids_MTK.size
 
     def _worths(self, expert_ids: Collection[int]) -> list[float]:
         """Experts' worths as they count for an eviction now."""
@@ -180,17 +201,22 @@ class Learned(Cache):
         layer = expert_id // self.experts
         self._lowest_M[layer], self._longest_M[layer] = 0.0, np.inf
 
-    def _touch(self, moe_layer: int, ids_TK: Array, now: int, x_TD: Array | None) -> None:
+    def worth_a_copy(self, expert_ids: Collection[int]) -> list[int]:
+        self._state[2] = -1  # between passes no layer's turn is nearer than another's
+        return super().worth_a_copy(expert_ids)
+
+    def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
         inputs: tuple[int | None, ...] = None, 0, 0, None
-        if x_TD is not None:
-            x_TD = np.ascontiguousarray(x_TD, np.float32)
-            inputs = _address(x_TD), *x_TD.shape, _signs_at(-(-x_TD.shape[1] // FEATURES))
-        used = _address(ids_TK), *ids_TK.shape
-        self._native.call("judge", self._at, moe_layer, *used, now, *inputs)
+        if x_MTD is not None:
+            x_MTD = np.ascontiguousarray(x_MTD, np.float32)
+            inputs = _address(x_MTD), *x_MTD.shape[1:], _signs_at(-(-x_MTD.shape[2] // FEATURES))
+        self._native.judge.run(self._at, _address(ids_MTK), *ids_MTK.shape, now, *inputs)
 
     def _worths(self, expert_ids: Collection[int]) -> list[float]:
         ids = np.array([*expert_ids], np.int64)
-        far_N = (ids // self.experts - self._state[2] - 1) % self.layers + 1
+        layer, far_N = self._state[2], np.full(len(ids), self.layers)
+        if layer >= 0:
+            far_N = (ids // self.experts - layer - 1) % self.layers + 1
         soon_N, later_N = self._chance_N[ids] / far_N, 1 / (far_N + self._wait_N[ids])
         worths: list[float] = np.maximum(soon_N, later_N).tolist()
         return worths

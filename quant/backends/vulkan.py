@@ -59,10 +59,7 @@ class DeviceRows:
 
 
 def allocate(vulkan: kernels.Vulkan, nbytes: int) -> int:
-    """The address of so much of the device's memory, which is asked first whether it has that.
-    Raises ``torch.OutOfMemoryError``."""
-    if vulkan.limits.has_budget and nbytes > vulkan.budget()[1]:
-        raise torch.OutOfMemoryError(f"{nbytes} bytes are not free")
+    """The address of so much of the device's memory.  Raises ``torch.OutOfMemoryError``."""
     try:
         return vulkan.allocate(kernels.DEVICE, max(nbytes, 16)).address
     except kernels.VulkanError as problem:
@@ -102,6 +99,9 @@ class VulkanBackend(TorchBackend):
         self._ended_TD = torch.empty(0, 1)  # rows of which the last submit has made logits
         # Positions, and of each row's latents the address and the bytes of a layer.
         self._places = np.zeros((3, self.rows), np.int64)
+        names = "positions", "caches", "layer_bytes"
+        places = {name: row.ctypes.data for name, row in zip(names, self._places, strict=True)}
+        self._step = kernels.Step(**places)
 
     def prepare(
         self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
@@ -172,7 +172,7 @@ class VulkanBackend(TorchBackend):
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> None:
         """All of them: where experts are missing they are brought and it goes on."""
         placed: Any = experts  # ``slotmoe.offload.devices.vulkan.PlacedExperts``
-        views, T, at = self._views, len(chunk.h_TD), 0
+        views, step, T, at = self._views, self._step, len(chunk.h_TD), 0
         caches = cast(Sequence[LatentCache], chunk.caches)
         for cache, before, count in zip(caches, chunk.before, chunk.counts, strict=True):
             rows, first = cast(DeviceRows, cache.layers), cache.length + before
@@ -181,11 +181,9 @@ class VulkanBackend(TorchBackend):
             at += count
         ends = chunk.ends and T <= kernels.ROWS
         last, moe_layer, parts = views.logits_end if ends else views.hidden_end, 0, iter([False])
-        ids_T, scale_T = cast(Tensor, chunk.ids_T), chunk.query_scale_T
-        step = kernels.Step(
-            T, views.begin, last, ids_T.data_ptr(), *(row.ctypes.data for row in self._places),
-            chunk.rope_TC.data_ptr(), None if scale_T is None else scale_T.data_ptr(),
-        )  # fmt: skip
+        step.rows, step.first, scale_T = T, views.begin, chunk.query_scale_T
+        step.tokens, step.rope = cast(Tensor, chunk.ids_T).data_ptr(), chunk.rope_TC.data_ptr()
+        step.query_scale = None if scale_T is None else scale_T.data_ptr()
         placed.write_addresses(views.table)
         while True:
             for more in parts:

@@ -86,9 +86,22 @@ class Policy(RuleBasedStateMachine):
             for id in sorted({*chain(*ids)} - self.cached):
                 self.offer(id, pinned={*ids[-1]}, must=False)
 
-    def use(self, layer, ids, later):
+    @rule(tokens=PASS)
+    def read_at_once(self, tokens):
+        """A pass through all layers, wherever experts lie."""
+        self.cache.advance(len(tokens))
+        self.now += len(tokens)
+        indices_MTK, cached = np.array(tokens).swapaxes(0, 1), {*self.cached}
+        missing = self.cache.use_layers(0, indices_MTK)
+        ids = indices_MTK + EXPERTS * np.arange(LAYERS)[:, None, None]
+        assert len(missing) == len({*missing}) and {*missing} == {*ids.flat} - cached
+        for layer in range(LAYERS):
+            self.use(layer, ids[layer].tolist(), 0, told=True)
+
+    def use(self, layer, ids, later, told=False):
         tokens, used = [[id % EXPERTS for id in token] for token in ids], {*chain(*ids)}
-        self.cache.use_chunk(layer, tokens, later)
+        if not told:
+            self.cache.use_chunk(layer, tokens, later)
         self.learned.visit(layer, tokens, self.now - later)
         for id in chain(*ids):
             self.used_N[id] = self.count

@@ -210,11 +210,10 @@ def test_each_shader(device, name):
         want = expected(model, index, read, watched.rope_TC, watched.scale_T)
         for key, value in want.items():
             assert error(read[key], value) < (1e-4 if key == "caches" else 1e-6), key
-    watched.go(ends[-1], views.chosen_end)
+    watched.go(ends[-1], views.logits_end)
     normed_TD = rms(watched.rows("hidden"), model.network.norm, model.config.rms_norm_eps)
     logits_TV = torch.from_numpy(views.logits[:2].copy())
     assert error(logits_TV, linear(normed_TD, model.network.lm_head)) < 1e-6
-    assert views.chosen[:2].tolist() == logits_TV.argmax(dim=1).tolist()
     assert torch.equal(torch.from_numpy(views.hidden[:2].copy()), watched.rows("hidden"))
 
 
@@ -325,21 +324,6 @@ def test_rows_of_the_residual_stream(v2):
     assert torch.equal(torch.from_numpy(v2.views.logits[:4]), want[2:6])
 
 
-def test_copies_before_a_step(device, v2):
-    """A step waits for the copies that it is told of."""
-    want, table = v2.run([7], [0], [v2.cache()]), v2.views.table.copy()
-    nbytes = v2.records.slab.shape[1]
-    slots = device.allocate(vk.DEVICE, table.size * nbytes).address
-    moved = slots + torch.arange(table.size).view(table.shape).numpy().astype("uint64") * nbytes
-    pairs = zip(table.flatten().tolist(), moved.flatten().tolist(), strict=True)
-    step = v2.step([7], [0], [v2.cache()])
-    step.after = device.copy([vk.Copy(*pair, nbytes) for pair in pairs])
-    v2.views.table[:] = moved
-    v2.decoder.run(step)
-    v2.views.table[:] = table
-    assert torch.equal(torch.from_numpy(v2.views.logits[:1]), want)
-
-
 def hazards(plan, without=None):
     """Pairs of operations that no barrier keeps apart though one writes what the other touches,
     when the barrier before operation ``without`` is taken out."""
@@ -436,7 +420,7 @@ def test_shapes_are_refused_by_name(device, case, monkeypatch):
 
 
 def test_steps_are_refused(v2):
-    cache, end = v2.cache(), v2.views.chosen_end
+    cache, end = v2.cache(), v2.views.logits_end
     good = [7], [0], [cache]
     for words, arguments, ends in (
         ("1 to 64 rows", ([7] * 65, [0] * 65, [cache] * 65), {}),
@@ -452,16 +436,3 @@ def test_steps_are_refused(v2):
             v2.run(*arguments, **ends)
     with pytest.raises(ValueError, match="lacks a list"):
         v2.decoder.run(vk.Step(1, v2.views.begin, end))
-
-
-def test_greedy_takes_the_first_of_equals(device):
-    """And says -1 where a logit is NaN."""
-    model = MODELS["v2"](device)
-    views, (address, _) = model.views, model.span("scores")
-    logits = torch.zeros(vk.ROWS, model.config.vocab_size)
-    logits[0, [900, 300, 4095]] = logits[1, 4095] = 5.0
-    logits[2], logits[3, 77], logits[4] = -1e30, torch.nan, -torch.inf
-    device.write(address, logits.data_ptr(), 1, logits.nbytes)
-    chosen = views.chosen_end
-    model.decoder.run(vk.Step(5, chosen - 1, chosen))
-    assert views.chosen[:5].tolist() == [300, 4095, 0, -1, -2]

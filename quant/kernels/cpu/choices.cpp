@@ -22,7 +22,7 @@ constexpr double kShort = 0.9, kLong = 0.99;  // decay a token of the two averag
 constexpr double kNewest = 0.1, kOfShort = 0.3, kOfLong = 0.6;
 
 struct Policy {
-    int64_t layers, experts, layer;            // the one visited last
+    int64_t layers, experts, layer;            // the one visited last; -1: each comes in a token's time
     double *recent, *lasting, *chance, *wait;  // [N]: both averages, as of the layer's last visit; what is estimated
     int64_t *last, *visited;                   // [N], [M]: the newest token that used it, or was there
     double *lowest, *longest, *bounds;         // [M]: at most, at least, the chance and wait of what is cached; room
@@ -71,30 +71,36 @@ void estimate(const Policy& p, int64_t id, int64_t now, double faded, double fad
 }
 
 double worth_of(const Policy& p, int64_t layer, double chance, double wait) {
-    const double far = double(layer > p.layer ? layer - p.layer : layer - p.layer + p.layers);
+    const double far = double(p.layer < 0 ? p.layers : layer > p.layer ? layer - p.layer : layer - p.layer + p.layers);
     const double now = chance / far, later = 1.0 / (far + wait);
     return now > later ? now : later;
 }
 
 }  // namespace
 
-// T tokens, the newest of them `now`, used ids [T, K] of a layer; x [followed, D] are the newest's inputs, or null.
-EXPORT int slotmoe_judge(Policy* policy, int64_t layer, const int64_t* used, int64_t t, int64_t k, int64_t now,
-                         const float* x, int64_t followed, int64_t d, const float* signs) {
+// T tokens, the newest of them `now`, used ids [M, T, K], each M of one layer; x [M, followed, D] are the newest's inputs,
+// or null.
+EXPORT int slotmoe_judge(Policy* policy, const int64_t* used, int64_t m, int64_t t, int64_t k, int64_t now, const float* x,
+                         int64_t followed, int64_t d, const float* signs) {
     Policy& p = *policy;
-    const int64_t first = layer * p.experts, end = first + p.experts, passed = now - p.visited[layer];
-    if (std::any_of(used, used + t * k, [&](int64_t id) { return id < first || id >= end; })) return kBadArgument;
-    const float* next = x ? learn(p, layer, used + (t - followed) * k, followed, k, x, d, signs) : nullptr;
-    const double faded = std::pow(kShort, passed), faded_long = std::pow(kLong, passed);
-    for (int64_t i = first; i < end; i++) p.recent[i] *= faded, p.lasting[i] *= faded_long;
-    for (int64_t i = 0; i < t * k; i++) {
-        const int64_t age = t - 1 - i / k;
-        p.recent[used[i]] += (1 - kShort) * std::pow(kShort, age);
-        p.lasting[used[i]] += (1 - kLong) * std::pow(kLong, age);
-        if (age == 0) p.last[used[i]] = now;
+    if (t < 1 || k < 1) return kBadArgument;
+    for (; m > 0; m--, used += t * k, x += x ? followed * d : 0) {
+        const int64_t layer = *used / p.experts, first = layer * p.experts, end = first + p.experts;
+        const auto outside = [&](int64_t id) { return id < first || id >= end; };
+        if (*used < 0 || layer >= p.layers || std::any_of(used, used + t * k, outside)) return kBadArgument;
+        const float* next = x ? learn(p, layer, used + (t - followed) * k, followed, k, x, d, signs) : nullptr;
+        const int64_t passed = now - p.visited[layer];
+        const double faded = std::pow(kShort, passed), faded_long = std::pow(kLong, passed);
+        for (int64_t i = first; i < end; i++) p.recent[i] *= faded, p.lasting[i] *= faded_long;
+        for (int64_t i = 0; i < t * k; i++) {
+            const int64_t age = t - 1 - i / k;
+            p.recent[used[i]] += (1 - kShort) * std::pow(kShort, age);
+            p.lasting[used[i]] += (1 - kLong) * std::pow(kLong, age);
+            if (age == 0) p.last[used[i]] = now;
+        }
+        for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, next ? next + (i - first) : nullptr);
+        p.layer = layer, p.visited[layer] = now, p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
     }
-    for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, next ? next + (i - first) : nullptr);
-    p.layer = layer, p.visited[layer] = now, p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
     return kOk;
 }
 

@@ -64,31 +64,29 @@ Model = structure(
 )
 Step = structure(
     "rows first last pointer: tokens positions caches layer_bytes rope query_scale hidden"
-    " address: after"
 )
 _Views = structure(
-    "pointer: table stopped indices weights chosen logits hidden address: normed int: begin"
-    " hidden_end chosen_end logits_end bytes list: gates sums pointer: spans int: sets",
+    "pointer: table stopped indices weights logits hidden address: normed int: begin hidden_end"
+    " logits_end bytes list: gates sums pointer: spans int: sets",
     list=ctypes.POINTER(c_int64),
 )
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """Raises ``VulkanError``."""
+def _function(name: str, arguments: int, gives: Any = ctypes.c_int) -> Any:
+    """One of api.cpp, that takes addresses and integers of 64 bits.  Raises ``VulkanError``."""
     native = bindings.load()
     if native is None or not hasattr(native.library, "slotmoe_vulkan_open"):
         raise VulkanError(NO_DEVICE, "the kernels were built without Vulkan")
-    native.library.slotmoe_vulkan_error.restype = ctypes.c_char_p
-    return native.library
+    function = native.library[f"slotmoe_vulkan_{name}"]  # a new one each time
+    function.argtypes, function.restype = (c_void_p,) * arguments, gives
+    return function
 
 
 def call(name: str, *arguments: object) -> None:
     """Call a function of api.cpp.  Raises ``ValueError``, ``MemoryError`` and ``VulkanError``."""
-    library = _library()
-    given = (c_uint64(item) if isinstance(item, int) else item for item in arguments)
-    if code := getattr(library, f"slotmoe_vulkan_{name}")(*given):
-        text = library.slotmoe_vulkan_error().decode(errors="replace")
+    if code := _function(name, len(arguments))(*arguments):
+        text = _function("error", 0, ctypes.c_char_p)().decode(errors="replace")
         plain = {1: ValueError, 4: MemoryError}.get(code)
         raise VulkanError(code, text) if plain is None else plain(text)
 
@@ -97,7 +95,7 @@ def devices(loader: int | None = None) -> list[Any]:
     """A ``DeviceInfo`` of each; ``problem`` says why it can't be used.  ``loader``: the address of
     a ``vkGetInstanceProcAddr`` in place of the system's.  Raises ``VulkanError``."""
     infos, count = (DeviceInfo * 16)(), c_int64()
-    call("devices", c_void_p(loader), infos, len(infos), byref(count))
+    call("devices", loader, infos, len(infos), byref(count))
     return [*infos[: count.value]]
 
 
@@ -105,7 +103,6 @@ class Memory(NamedTuple):
     """Memory of a device: its ``address`` there and that of its first byte here, ``mapped``, unless
     it is the device's alone."""
 
-    handle: c_void_p
     address: int
     mapped: int | None
 
@@ -116,7 +113,7 @@ class Vulkan:
 
     def __init__(self, index: int = 0, loader: int | None = None):
         self._handle, self.limits = c_void_p(), Limits()
-        call("open", c_void_p(loader), index, byref(self._handle), byref(self.limits))
+        call("open", loader, index, byref(self._handle), byref(self.limits))
 
     def close(self) -> None:
         """Waits for it, and frees all memory and decoders."""
@@ -131,19 +128,14 @@ class Vulkan:
 
     def allocate(self, kind: int, nbytes: int, host: int | None = None) -> Memory:
         """DEVICE or MAPPED memory, or that at ``host`` as IMPORTED, in whole pages, which stays."""
-        handle, address, mapped = c_void_p(), c_uint64(), c_void_p()
-        places = c_void_p(host), byref(handle), byref(address), byref(mapped)
-        call("allocate", self._handle, kind, nbytes, *places)
-        return Memory(handle, address.value, mapped.value)
+        address, mapped = c_uint64(), c_void_p()
+        call("allocate", self._handle, kind, nbytes, host, byref(address), byref(mapped))
+        return Memory(address.value, mapped.value)
 
-    def free(self, memory: Memory) -> None:
-        """Of what no submit and no copy uses any more."""
-        call("free", self._handle, memory.handle)
-
-    def copy(self, copies: list[Any], after: int = 0) -> int:
-        """Start copies, behind the submit ``after``; gives what ``wait`` waits for."""
+    def copy(self, copies: list[Any]) -> int:
+        """Start copies; gives what ``wait`` waits for."""
         value, table = c_uint64(), (Copy * len(copies))(*copies)
-        call("copy", self._handle, table, len(copies), after, byref(value))
+        call("copy", self._handle, table, len(copies), byref(value))
         return value.value
 
     def _move(
@@ -151,7 +143,7 @@ class Vulkan:
     ) -> None:
         """Copy pieces of memory at ``host`` to the device, or back; ``strides`` from piece to
         piece, there and here, are given of several."""
-        call(name, self._handle, address, c_void_p(host), pieces, nbytes, *(strides or (0, 0)))
+        call(name, self._handle, address, host, pieces, nbytes, *(strides or (0, 0)))
 
     write, read = partialmethod(_move, "write"), partialmethod(_move, "read")
 
@@ -163,13 +155,13 @@ class Vulkan:
 
     def decoder(self, model: Any) -> "Decoder":
         """Raises ``ValueError`` for shapes that the shaders do not take, by name."""
-        return Decoder(self, self._handle, model)
+        return Decoder(self._handle, model)
 
 
 class Views:
     """Mapped memory of a decoder: ``table`` uint64 [MoE layers, E] is written between steps, the
     rest read behind one: ``stopped`` int32 [1], ``indices`` int32 and ``weights`` float32 [MoE
-    layers, T, K], ``chosen`` int32 [ROWS], ``logits`` float32 [ROWS, V], ``hidden`` [T, D], of at
+    layers, T, K], ``logits`` float32 [ROWS, V], ``hidden`` [T, D], of at
     most T rows.  ``begin``, ``gates``, ``sums`` and what ends in ``end`` are operations."""
 
     def __init__(self, told: Any, model: Any):
@@ -183,32 +175,25 @@ class Views:
             bool(model.head.n) * model.vocabulary,
         )
         self.table = view("table", c_uint64, moe_layers, model.experts)
-        self.stopped, self.chosen = view("stopped", c_int32, 1), view("chosen", c_int32, ROWS)
+        self.stopped = view("stopped", c_int32, 1)
         self.indices = view("indices", c_int32, *choices)
         self.weights = view("weights", c_float, *choices)
         self.hidden = view("hidden", c_float, model.rows, model.hidden)
         self.logits = view("logits", c_float, ROWS, vocabulary)
         self.begin, self.gates = told.begin, told.gates[:moe_layers]
         self.sums = told.sums[:moe_layers]
-        self.hidden_end, self.chosen_end = told.hidden_end, told.chosen_end
-        self.logits_end = told.logits_end
+        self.hidden_end, self.logits_end = told.hidden_end, told.logits_end
 
 
 class Decoder:
     """A model's decode on a device, until that is closed; decoder.h says what a ``Step`` is and
     what stops it."""
 
-    def __init__(self, vulkan: Vulkan, device: c_void_p, model: Any):
-        self._vulkan, self.handle, self.told = vulkan, c_void_p(), _Views()
+    def __init__(self, device: c_void_p, model: Any):
+        self.handle, self.told = c_void_p(), _Views()
         call("decoder", device, byref(model), byref(self.handle), byref(self.told))
         self.views = Views(self.told, model)
 
-    def submit(self, step: Any) -> int:
-        """Start a step; gives what ``Vulkan.wait`` waits for."""
-        value = c_uint64()
-        call("submit", self.handle, byref(step), byref(value))
-        return value.value
-
     def run(self, step: Any) -> None:
-        """Do a step."""
-        self._vulkan.wait(self.submit(step))
+        """Do a step: one submit, and the wait for it."""
+        call("run", self.handle, byref(step))

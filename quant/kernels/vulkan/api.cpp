@@ -65,21 +65,17 @@ EXPORT int slotmoe_vulkan_budget(Opened* opened, int64_t* out) {
     return guarded_by_text([&] { opened->device.budget(out, out + 1, out + 2); });
 }
 
-EXPORT int slotmoe_vulkan_allocate(Opened* opened, int64_t kind, int64_t bytes, void* host, Memory** memory,
-                                   uint64_t* address, void** mapped) {
+EXPORT int slotmoe_vulkan_allocate(Opened* opened, int64_t kind, int64_t bytes, void* host, uint64_t* address,
+                                   void** mapped) {
     return guarded_by_text([&] {
-        *memory = opened->device.allocate(static_cast<Place>(kind), bytes, host);
-        *address = (*memory)->address;
-        *mapped = (*memory)->mapped;
+        const Memory* memory = opened->device.allocate(static_cast<Place>(kind), bytes, host);
+        *address = memory->address;
+        *mapped = memory->mapped;
     });
 }
 
-EXPORT int slotmoe_vulkan_free(Opened* opened, Memory* memory) {
-    return guarded_by_text([&] { opened->device.free(memory); });
-}
-
-EXPORT int slotmoe_vulkan_copy(Opened* opened, const Copy* copies, int64_t count, uint64_t after, uint64_t* value) {
-    return guarded_by_text([&] { *value = opened->device.copy(copies, count, after); });
+EXPORT int slotmoe_vulkan_copy(Opened* opened, const Copy* copies, int64_t count, uint64_t* value) {
+    return guarded_by_text([&] { *value = opened->device.copy(copies, count); });
 }
 
 EXPORT int slotmoe_vulkan_write(Opened* opened, uint64_t address, char* host, int64_t pieces, int64_t bytes, int64_t stride,
@@ -106,8 +102,8 @@ EXPORT int slotmoe_vulkan_decoder(Opened* opened, const Model* model, Decoder** 
     });
 }
 
-EXPORT int slotmoe_vulkan_submit(Decoder* decoder, const Step* step, uint64_t* value) {
-    return guarded_by_text([&] { *value = decoder->submit(*step); });
+EXPORT int slotmoe_vulkan_run(Decoder* decoder, const Step* step) {
+    return guarded_by_text([&] { decoder->run(*step); });
 }
 
 EXPORT int slotmoe_vulkan_plan(Decoder* decoder, int64_t rows, int64_t first, int64_t last, Operation* operations, int64_t capacity,

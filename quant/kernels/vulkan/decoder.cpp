@@ -12,11 +12,11 @@
 namespace slotmoe::vulkan {
 namespace {
 
-enum ShaderName { kEmbed, kMultiply, kQueriesOf, kAttend, kValuesOf, kRoute, kSort, kSum, kGreedy };
+enum ShaderName { kEmbed, kMultiply, kQueriesOf, kAttend, kValuesOf, kRoute, kSort, kSum };
 #define SLOTMOE_SHADER(name) {name##_spirv, sizeof(name##_spirv)}
 const Shader kShaders[] = {SLOTMOE_SHADER(embed),  SLOTMOE_SHADER(multiply), SLOTMOE_SHADER(queries),
                            SLOTMOE_SHADER(attend), SLOTMOE_SHADER(values),   SLOTMOE_SHADER(route),
-                           SLOTMOE_SHADER(sort),   SLOTMOE_SHADER(sum),      SLOTMOE_SHADER(greedy)};
+                           SLOTMOE_SHADER(sort),   SLOTMOE_SHADER(sum)};
 #undef SLOTMOE_SHADER
 
 constexpr int64_t kMostExperts = 1024, kMostShared = 32768;  // of route.comp; bytes of a workgroup
@@ -93,10 +93,6 @@ struct SortParameters {
 struct SumParameters {
     uint64_t outputs, weights, others, add, y;
     uint32_t uses, columns;
-};
-struct GreedyParameters {
-    uint64_t logits, chosen;
-    uint32_t count;
 };
 
 }  // namespace
@@ -444,16 +440,13 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             program.add(kSum, sum, set(kQueries) | set(kChoice) | set(kBetween) | shared, set(kHidden), {}, wide);
         }
         tasks_.push_back({set(kHidden), set(kTold), scratch_, mapped_, device_offset(kHidden), told_ + told_hidden, 0, 4 * D});
-        views_.hidden_end = views_.chosen_end = views_.logits_end = program.here();
+        views_.hidden_end = views_.logits_end = program.here();
         if (m.head.n) {
             program.multiply({normed(part_of(m.head, at(kHidden), at(kScores)), m.norm, m.eps)}, set(kHidden), set(kScores),
                              Program::kFew);
-            const GreedyParameters greedy{at(kScores), told + 128, number(m.vocabulary)};
             tasks_.push_back({set(kScores), set(kTold), scratch_, mapped_, device_offset(kScores), told_ + told_logits, 0,
                               4 * m.vocabulary});
-            views_.logits_end = program.here();  // whoever samples needs no greedy choice
-            program.add(kGreedy, greedy, set(kScores), set(kTold), one, {});
-            views_.chosen_end = program.here();
+            views_.logits_end = program.here();
         }
         parameters_ = device_.allocate(kDevice, static_cast<int64_t>(program.parameters.size()), nullptr);
         device_.transfer(true, parameters_->address, reinterpret_cast<char*>(program.parameters.data()), 1, parameters_->bytes, 0,
@@ -462,7 +455,6 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         char* mapped = static_cast<char*>(mapped_->mapped);
         views_.table = reinterpret_cast<uint64_t*>(mapped + sizeof(Io));
         views_.stopped = reinterpret_cast<int32_t*>(mapped + told_);
-        views_.chosen = reinterpret_cast<int32_t*>(mapped + told_ + 128);
         views_.indices = reinterpret_cast<int32_t*>(mapped + told_ + 256);
         views_.weights = reinterpret_cast<float*>(mapped + told_ + told_weights);
         views_.hidden = reinterpret_cast<float*>(mapped + told_ + told_hidden);
@@ -482,10 +474,6 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
 Decoder::~Decoder() { release(); }
 
 void Decoder::release() {
-    try {
-        if (last_) device_.wait(last_, INT64_MAX);
-    } catch (const Failure&) {  // a device that is lost uses nothing any more
-    }
     for (auto& item : recorded_) device_.forget(item.second);
     for (Memory* memory : {scratch_, mapped_, parameters_}) {
         if (memory) device_.free(memory);
@@ -562,7 +550,7 @@ VkCommandBuffer Decoder::record(int64_t rows, const std::vector<Piece>& pieces) 
     return buffer;
 }
 
-uint64_t Decoder::submit_parts(const Step& step, const std::vector<Piece>& pieces) {
+void Decoder::run_parts(const Step& step, const std::vector<Piece>& pieces) {
     const double context = 1.0 + *std::max_element(step.positions, step.positions + step.rows);
     const auto* stopped = reinterpret_cast<const volatile int32_t*>(static_cast<char*>(mapped_->mapped) + told_);
     uint32_t done = 0;  // of the next piece
@@ -580,21 +568,18 @@ uint64_t Decoder::submit_parts(const Step& step, const std::vector<Piece>& piece
         }
         const VkCommandBuffer buffer = record(step.rows, part);
         const auto start = std::chrono::steady_clock::now();
-        last_ = device_.submit(buffer, step.after);
-        device_.wait(last_, INT64_MAX);
+        device_.wait(device_.submit(buffer), INT64_MAX);
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
         device_.forget(buffer);
         if (left <= 0) at_once_ *= std::clamp(kSeconds / taken.count(), 0.25, 4.0);
     }
-    return last_;
 }
 
-uint64_t Decoder::submit(const Step& step) {
+void Decoder::run(const Step& step) {
     const int64_t rows = step.rows;
     if (rows < 1 || rows > rows_) refuse("a step has 1 to " + std::to_string(rows_) + " rows");
     const bool layers = step.first < views_.hidden_end;  // else it needs the rows alone, or goes on with what is there
     require(!layers || (step.tokens && step.positions && step.caches && step.layer_bytes && step.rope), "a step lacks a list");
-    if (last_) device_.wait(last_, INT64_MAX);  // it reads what is written now
     char* mapped = static_cast<char*>(mapped_->mapped);
     const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
     *reinterpret_cast<Io*>(mapped) = {kNone, number(rows), number(start_), number(stride_)};
@@ -613,10 +598,10 @@ uint64_t Decoder::submit(const Step& step) {
     const bool takes = !layers && step.hidden;  // rows of the residual stream, for the head
     if (step.hidden) std::memcpy(mapped + taken_, step.hidden, 4 * rows * hidden_);
     *reinterpret_cast<int32_t*>(mapped + told_) = -1;
-    if (rows > kRows) return submit_parts(step, between(rows, step.first, step.last, takes));
+    if (rows > kRows) return run_parts(step, between(rows, step.first, step.last, takes));
     VkCommandBuffer& buffer = recorded_[{rows, step.first, step.last, takes}];
     if (!buffer) buffer = record(rows, between(rows, step.first, step.last, takes));
-    return last_ = device_.submit(buffer, step.after);
+    device_.wait(device_.submit(buffer), INT64_MAX);
 }
 
 }  // namespace slotmoe::vulkan

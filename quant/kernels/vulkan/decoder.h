@@ -49,11 +49,10 @@ struct Views {
     const int32_t* stopped;      // [1]: the MoE layer whose choice lacked an expert, -1 for none
     const int32_t* indices;      // [MoE layers, rows, top_k], of the model's rows, as those of `hidden`
     const float* weights;        // the same
-    const int32_t* chosen;       // [kRows]: of the greatest logit
     const float *logits, *hidden;  // [kRows, vocabulary], [kRows, hidden]
     uint64_t normed;             // [MoE layers, kRows, hidden]: what goes into experts, on the device; of more
                                  // rows a layer's reach into the next one's
-    int64_t begin, hidden_end, chosen_end, logits_end, bytes;
+    int64_t begin, hidden_end, logits_end, bytes;
     const int64_t *gates, *sums;  // [MoE layers]: operations up to a layer's choice, and up to the sum of its experts
     const Span* spans;           // of the sets
     int64_t sets;
@@ -74,7 +73,6 @@ struct Step {
     const uint64_t* caches;
     const int64_t* layer_bytes;
     const float *rope, *query_scale, *hidden;  // scales [rows] are 1 for null
-    uint64_t after;                            // a copy that must be over before, or 0
 };
 
 // What operations read and write, a bit each: memory that nothing else changes meanwhile is not in it.
@@ -111,7 +109,7 @@ public:
     Decoder(const Decoder&) = delete;
 
     const Views& views() const { return views_; }
-    uint64_t submit(const Step& step);
+    void run(const Step& step);  // behind it all is done
     // What steps of [first, last) run, the copy of what comes with the step before it.
     std::vector<Operation> plan(int64_t rows, int64_t first, int64_t last) const;
 
@@ -145,7 +143,7 @@ private:
     std::vector<Piece> between(int64_t rows, int64_t first, int64_t last, bool takes) const;
     std::vector<Operation> plan(const std::vector<Piece>& pieces) const;
     VkCommandBuffer record(int64_t rows, const std::vector<Piece>& pieces) const;
-    uint64_t submit_parts(const Step& step, const std::vector<Piece>& pieces);
+    void run_parts(const Step& step, const std::vector<Piece>& pieces);
 
     Device& device_;
     Memory *scratch_ = nullptr, *mapped_ = nullptr, *parameters_ = nullptr;
@@ -158,7 +156,6 @@ private:
     int64_t taken_ = 0, told_ = 0;    // ... rows of the residual stream, what is told
     double at_once_ = 0;              // products of a part of a step in tiles
     std::map<std::tuple<int64_t, int64_t, int64_t, bool>, VkCommandBuffer> recorded_;
-    uint64_t last_ = 0;
 };
 
 }  // namespace slotmoe::vulkan

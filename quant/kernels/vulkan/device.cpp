@@ -458,28 +458,20 @@ void Device::forget(VkCommandBuffer buffer) {
     if (settled()) vk().FreeCommandBuffers(device_, queues_[kWork].pool, 1, &buffer);
 }
 
-uint64_t Device::enqueue(Lane lane, VkCommandBuffer buffer, uint64_t after) {
+uint64_t Device::enqueue(Lane lane, VkCommandBuffer buffer) {
     check_alive();
     Queue& queue = queues_[lane];
-    const Queue& other = queues_[after & 1];
-    if (after >> 1 > other.last) fail(kBadArgument, "what is waited for was not submitted");
-    // Behind what was submitted before to the same queue, and to the other what is asked for.
-    VkSemaphoreSubmitInfo waits[2], done{VK_STRUCTURE_TYPE_SEMAPHORE_SUBMIT_INFO};
-    for (auto& wait : waits) {
-        wait = {VK_STRUCTURE_TYPE_SEMAPHORE_SUBMIT_INFO};
-        wait.stageMask = VK_PIPELINE_STAGE_2_ALL_COMMANDS_BIT;
-    }
-    waits[0].semaphore = done.semaphore = queue.timeline;
-    waits[0].value = queue.last;
-    waits[1].semaphore = other.timeline;
-    waits[1].value = after >> 1;
-    done.value = queue.last + 1;
-    done.stageMask = VK_PIPELINE_STAGE_2_ALL_COMMANDS_BIT;
+    VkSemaphoreSubmitInfo wait{VK_STRUCTURE_TYPE_SEMAPHORE_SUBMIT_INFO};  // what was submitted to it before
+    wait.semaphore = queue.timeline;
+    wait.value = queue.last;
+    wait.stageMask = VK_PIPELINE_STAGE_2_ALL_COMMANDS_BIT;
+    VkSemaphoreSubmitInfo done = wait;
+    done.value++;
     VkCommandBufferSubmitInfo commands{VK_STRUCTURE_TYPE_COMMAND_BUFFER_SUBMIT_INFO};
     commands.commandBuffer = buffer;
     VkSubmitInfo2 info{VK_STRUCTURE_TYPE_SUBMIT_INFO_2};
-    info.waitSemaphoreInfoCount = after ? 2 : 1;
-    info.pWaitSemaphoreInfos = waits;
+    info.waitSemaphoreInfoCount = 1;
+    info.pWaitSemaphoreInfos = &wait;
     info.commandBufferInfoCount = 1;
     info.pCommandBufferInfos = &commands;
     info.signalSemaphoreInfoCount = 1;
@@ -488,9 +480,9 @@ uint64_t Device::enqueue(Lane lane, VkCommandBuffer buffer, uint64_t after) {
     return ++queue.last << 1 | lane;
 }
 
-uint64_t Device::submit(VkCommandBuffer buffer, uint64_t after) {
+uint64_t Device::submit(VkCommandBuffer buffer) {
     std::lock_guard lock(mutex_);
-    return enqueue(kWork, buffer, after);
+    return enqueue(kWork, buffer);
 }
 
 uint64_t Device::reached(Lane lane) {
@@ -499,7 +491,7 @@ uint64_t Device::reached(Lane lane) {
     return value;
 }
 
-uint64_t Device::copy(const Copy* copies, int64_t count, uint64_t after) {
+uint64_t Device::copy(const Copy* copies, int64_t count) {
     std::lock_guard lock(mutex_);
     check_alive();
     if (count < 1) fail(kBadArgument, "nothing is copied");
@@ -538,7 +530,7 @@ uint64_t Device::copy(const Copy* copies, int64_t count, uint64_t after) {
     barrier.pMemoryBarriers = &memory;
     vk().CmdPipelineBarrier2(buffer, &barrier);
     check(vk().EndCommandBuffer(buffer), "a command buffer");
-    const uint64_t value = enqueue(kCopies, buffer, after);
+    const uint64_t value = enqueue(kCopies, buffer);
     copying_[at].value = value >> 1;
     return value;
 }
@@ -567,7 +559,7 @@ void Device::transfer(bool to_device, uint64_t address, char* host, int64_t piec
     };
     const auto flush = [&] {
         if (copies[half].empty()) return;
-        value[half] = copy(copies[half].data(), static_cast<int64_t>(copies[half].size()), 0);
+        value[half] = copy(copies[half].data(), static_cast<int64_t>(copies[half].size()));
         half = 1 - half;
         used = 0;
         finish(half);

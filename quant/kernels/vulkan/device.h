@@ -106,8 +106,8 @@ public:
     VkPipeline pipeline(const Shader& shader, const Constants& constants);
     VkCommandBuffer begin();  // of the work's queue
     void forget(VkCommandBuffer buffer);
-    uint64_t submit(VkCommandBuffer buffer, uint64_t after);
-    uint64_t copy(const Copy* copies, int64_t count, uint64_t after);
+    uint64_t submit(VkCommandBuffer buffer);
+    uint64_t copy(const Copy* copies, int64_t count);
     // Pieces of `bytes`, so many bytes apart.  Behind it all is done.
     void transfer(bool to_device, uint64_t address, char* host, int64_t pieces, int64_t bytes, int64_t stride,
                   int64_t host_stride);
@@ -135,7 +135,7 @@ private:
     void check_alive() const;
     // Whether what the device may have used can go: nobody has waited for one that was lost meanwhile.
     bool settled();
-    uint64_t enqueue(Lane lane, VkCommandBuffer buffer, uint64_t after);
+    uint64_t enqueue(Lane lane, VkCommandBuffer buffer);
     uint64_t reached(Lane lane);
     uint32_t memory_type(uint32_t allowed, VkMemoryPropertyFlags must, VkMemoryPropertyFlags better,
                          VkMemoryPropertyFlags worse) const;
