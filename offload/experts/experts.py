@@ -199,9 +199,16 @@ class Experts:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
             seen_MTD = chosen.others()[0].numpy() if inputs else None
-            self._missed += self._cache.use_layers(first, chosen.get().numpy(), seen_MTD)
-            if self._listeners or self.lookahead is not None:
-                self._say(first, chosen.get().tolist())
+            firsts_M = self._cache.experts * np.arange(first, first + len(indices_MTK))
+            ids_MTK = chosen.get().numpy() + firsts_M[:, None, None]
+            self._missed += self._cache.use(ids_MTK, 0, seen_MTD)
+            heard = chosen.get().tolist() if self._listeners or self.lookahead is not None else []
+            for moe_layer, indices in enumerate(heard, first):
+                uses = self._uses(moe_layer, indices)
+                missing = len(uses.keys() - self._cache.cached)
+                self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
+                if self.lookahead is not None:
+                    self.lookahead.chosen(moe_layer, uses, 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
@@ -390,15 +397,6 @@ class Experts:
             return dict.fromkeys([first + expert for expert in indices[0]], 1)
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
-
-    def _say(self, first: int, indices_MTK: list[list[list[int]]]) -> None:
-        """Who listens, and who looks ahead, hear of layers that a backend went through at once."""
-        for moe_layer, indices in enumerate(indices_MTK, first):
-            uses = self._uses(moe_layer, indices)
-            missing = len(uses.keys() - self._cache.cached)
-            self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
-            if self.lookahead is not None:
-                self.lookahead.chosen(moe_layer, uses, 0)
 
     def _tell(self, route: Route) -> None:
         if route.moe_layer < self._count:  # who listens knows of no head

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
+
 from slotmoe.errors import DeviceError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event, Region
@@ -100,7 +102,7 @@ class HostTier:
 
     def _hear(self) -> None:
         if self._uses:
-            self.cache.use(self._uses)
+            self.cache.use(np.array(self._uses)[:, None, None])
             self._uses.clear()
 
     def acquire(self, expert_id: int) -> Read:

@@ -211,30 +211,26 @@ class Scenario:
     def plan(self) -> Plan:
         """Raises ``PlanError`` for slots that can't serve one token."""
         machine, gpu = self.machine, self.machine.vram is not None
-        imported = memory.CUDA_IMPORT_BYTES if gpu and not machine.vulkan else memory.IMPORT_BYTES
+        kernels = "native" if not gpu else gpu_kernels(self.resident, self.codecs)
+        kernels = "vulkan" if machine.vulkan else kernels
+        on_cuda = gpu and not machine.vulkan
         return memory.make_plan(
             self.model.config,
             self.sizes,
             tier="vram" if gpu else "ram",
             budget=machine.vram or machine.ram,
             context=self.context,
-            runtime_bytes=imported,
+            runtime_bytes=memory.CUDA_IMPORT_BYTES if on_cuda else memory.IMPORT_BYTES,
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
-            kernels=self._kernels,
+            kernels=kernels,
             drafts=self.drafts,
             unified=not machine.bandwidths.pcie,
         )
 
-    @property
-    def _kernels(self) -> str:
-        if self.machine.vulkan:
-            return "vulkan"
-        gpu = self.machine.vram is not None
-        return gpu_kernels(self.resident, self.codecs) if gpu else "native"
-
     def _by_torch(self) -> list[str]:
-        return [BY_TORCH] if self._kernels == "torch" else []
+        gpu = self.machine.vram is not None and not self.machine.vulkan
+        return [BY_TORCH] if gpu and gpu_kernels(self.resident, self.codecs) == "torch" else []
 
     @property
     def fits(self) -> bool:
@@ -336,10 +332,9 @@ class Scenario:
     def _setting(self) -> Setting:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
         on, threads = (config, sizes, self.plan, rates), self.machine.threads
-        how: Json = {"prefetch": self.prefetch, "vulkan": self.machine.vulkan}
-        setting = Setting(*on, threads, self.model.random_weights, **how)
-        chooses = self.plan.tier == "vram" and not self.machine.vulkan
-        return setting.with_mode(self.misses) if chooses else setting
+        setting = Setting(*on, threads, self.model.random_weights, prefetch=self.prefetch)
+        misses = "read" if self.machine.vulkan else self.misses
+        return setting.with_mode(misses) if self.plan.tier == "vram" else setting
 
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,

@@ -146,22 +146,20 @@ def constants(rates: Bandwidths, gpu: bool, config: Config, vulkan: bool) -> dic
     }
     of_gpu = {
         "share of GPU memory's bandwidth": GPU_SHARE,
-        "multiply-adds of its tensor cores": rates.gpu_products,
-        "share of these": GPU_PRODUCTS_SHARE,
         "kernels a layer": launches,
         "seconds between two": seconds,
-        "a layer that waits": GPU_MISS_SECONDS,
-        "the host's work for that": HOST_SECONDS["fetch"],
         "sampling a logit": SAMPLE_SECONDS,
     }
-    of_vulkan = {
-        "share of GPU memory's bandwidth": GPU_SHARE,
-        "kernels a layer": launches,
-        "seconds between two": seconds,
-        "the host's work a token": VULKAN_HOST_SECONDS,
-        "sampling a logit": SAMPLE_SECONDS,
-    }
-    of_gpu = of_vulkan if vulkan else of_gpu
+    of_gpu |= (
+        {"the host's work a token": VULKAN_HOST_SECONDS}
+        if vulkan
+        else {
+            "multiply-adds of its tensor cores": rates.gpu_products,
+            "share of these": GPU_PRODUCTS_SHARE,
+            "a layer that waits": GPU_MISS_SECONDS,
+            "the host's work for that": HOST_SECONDS["fetch"],
+        }
+    )
     of_head = {"the head's drafts that are right": HEAD_RIGHT} if config.mtp else {}
     return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
 
@@ -210,8 +208,8 @@ class Speed:
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
     use any expert, as with the weights of ``slotmoe synth``; else it uses experts as text does.
-    ``misses`` says how a GPU's missing experts are computed (``Split``); by ``vulkan`` they are
-    read in RAM, which without a link is the GPU's memory too."""
+    ``misses`` says how a GPU's missing experts are computed (``Split``), or ``read``: by Vulkan,
+    which reads them in RAM; without a link that is its memory too."""
 
     config: Config
     sizes: Sizes
@@ -221,7 +219,6 @@ class Setting:
     random_routing: bool
     misses: str = "fetch"
     prefetch: bool = True
-    vulkan: bool = False
 
     def hits(self, slots: int) -> float:
         """Hit rate to expect of so many slots: on text ``TEXT_HITS``, interpolated."""
@@ -288,21 +285,27 @@ class Setting:
         many bytes: all its kernels, and where experts of a layer are in no slot, their way or the
         CPU, and what the host does longer than those take."""
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
-        layers, (launches, seconds) = len(c.moe_layers), gpu_launches(c, self.vulkan)
+        vulkan = self.misses == "read"
+        layers, (launches, seconds) = len(c.moe_layers), gpu_launches(c, vulkan)
         hits = self.hits(self.plan.slots) if rates.pcie else 1.0
         between = c.num_hidden_layers * launches * seconds + c.vocab_size * SAMPLE_SECONDS
-        between += VULKAN_HOST_SECONDS * self.vulkan
+        between += VULKAN_HOST_SECONDS * vulkan
         each, behind = round(used / layers), 0.0
         for missing in range(1, each + 1) if rates.pcie else ():
             share = math.comb(each, missing) * (1 - hits) ** missing * hits ** (each - missing)
             waits = self._missing_seconds(missing)
             behind += layers * share * waits
-            host = GPU_MISS_SECONDS + max(0.0, HOST_SECONDS[self.misses] - waits)
-            between += layers * share * host * (not self.vulkan)
+            host = GPU_MISS_SECONDS + max(0.0, HOST_SECONDS.get(self.misses, 0.0) - waits)
+            between += layers * share * host * (not vulkan)
         # Meanwhile the GPU computes experts in slots and shared ones.
         beside = (used * hits + layers * c.n_shared_experts) * record
         computing = touched - min(beside, behind * rates.gpu * GPU_SHARE)
-        waited = {"fetch": "PCIe", "cpu": "CPU experts", "hybrid": "PCIe and CPU experts"}
+        waited = {
+            "fetch": "PCIe",
+            "read": "PCIe",
+            "cpu": "CPU experts",
+            "hybrid": "PCIe and CPU experts",
+        }
         seconds_of = {"between kernels": between, "GPU memory": computing / rates.gpu / GPU_SHARE}
         return seconds_of | {waited[self.misses]: behind}
 
@@ -311,7 +314,7 @@ class Setting:
         the CPU computes; both read RAM, which gives no more than it has."""
         rates, record = self.bandwidths, self.sizes.record_bytes
         each = [1] * missing
-        computed = 0 if self.misses == "fetch" else self.split.for_cpu(1, each, missing)
+        computed = 0 if self.misses in ("fetch", "read") else self.split.for_cpu(1, each, missing)
         link = rates.pcie_busy if computed else rates.pcie
         experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
         on_cpu = CPU_START_SECONDS[self.misses] + computed * record / experts if computed else 0.0
@@ -340,14 +343,15 @@ class Setting:
         c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
         experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
         spent = defaultdict[str, float](float, disk=0.0)
-        for start in range(0, tokens, FEW_ROWS) if self.vulkan else ():
+        vulkan = self.misses == "read"
+        for start in range(0, tokens, FEW_ROWS) if vulkan else ():
             for name, seconds in self._decode_seconds(start, min(tokens - start, FEW_ROWS)).items():
                 spent[name] += seconds
 
         def used(tokens: int) -> float:  # bytes of experts
             return experts * (1 - (1 - K / c.n_routed_experts) ** tokens) * record
 
-        for start in range(0, tokens * (not self.vulkan), plan.prefill_chunk):
+        for start in range(0, tokens * (not vulkan), plan.prefill_chunk):
             chunk = min(tokens - start, plan.prefill_chunk)
             needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
             spent["disk"] += needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk

@@ -48,10 +48,6 @@ class Cache:
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
         self._now += tokens
 
-    def use(self, expert_ids: Sequence[int]) -> None:
-        """The newest token's gates chose ``expert_ids``, one after the other, cached or not."""
-        self._use(np.array(expert_ids, np.int64)[:, None, None], 0, None)
-
     def use_chunk(
         self, moe_layer: int, indices: Choices, later: int = 0, x_TD: Array | None = None
     ) -> None:
@@ -60,16 +56,10 @@ class Cache:
         since a chunk brings it once.  ``x_TD`` are the newest tokens' inputs of the layer, None
         where they do not follow each other."""
         ids_TK = np.array(indices, np.int64) + moe_layer * self.experts
-        self._use(ids_TK[None], later, None if x_TD is None else x_TD[None])
+        self.use(ids_TK[None], later, None if x_TD is None else x_TD[None])
 
-    def use_layers(self, first: int, indices_MTK: Array, x_MTD: Array | None = None) -> list[int]:
-        """``use_chunk`` for all of a pass's tokens in the layers from ``first`` on; the distinct
-        experts that are missing, by layer."""
-        layers = np.arange(first, first + len(indices_MTK))
-        ids_MTK = np.add(indices_MTK, self.experts * layers[:, None, None], order="C")
-        return self._use(ids_MTK, 0, x_MTD)
-
-    def _use(self, ids_MTK: Array, later: int, x_MTD: Array | None) -> list[int]:
+    def use(self, ids_MTK: Array, later: int = 0, x_MTD: Array | None = None) -> list[int]:
+        """The same for expert ids, int64, of a layer each M; the distinct ones that are missing."""
         distinct_N = np.unique(ids_MTK) if ids_MTK.shape[1] > 1 else ids_MTK.ravel()
         missing: list[int] = distinct_N[~self._cached_N[distinct_N]].tolist()
         self.hits += len(distinct_N) - len(missing)
@@ -94,15 +84,14 @@ class Cache:
         where it lies costs as much, so each is worth ``_COPIES`` of what is evicted."""
         if not expert_ids or len(self.cached) < self.slots:
             return [*expert_ids]
-        worths, (_, least, _) = self._worths(expert_ids), self._least(min(expert_ids))
-        least *= _COPIES if self.bypass else 1
-        pairs = zip(worths, expert_ids, strict=True)
-        return [id for _, id in sorted((pair for pair in pairs if pair[0] > least), reverse=True)]
+        _, least, _ = self._least(min(expert_ids))
+        return self.by_worth(expert_ids, least * (_COPIES if self.bypass else 1))
 
-    def by_worth(self, expert_ids: Collection[int]) -> list[int]:
-        """``expert_ids``, cached or not, that of least worth last, of equals that of lowest id."""
+    def by_worth(self, expert_ids: Collection[int], above: float = -np.inf) -> list[int]:
+        """Those ``expert_ids``, cached or not, that are worth more than ``above``, that of least
+        worth last, of equals that of lowest id."""
         ranked = sorted(zip(self._worths(expert_ids), expert_ids, strict=True), reverse=True)
-        return [expert_id for _, expert_id in ranked]
+        return [expert_id for worth, expert_id in ranked if worth > above]
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""
@@ -191,7 +180,7 @@ class Learned(Cache):
             self._cached_N, self.held_N,
         ]  # fmt: skip
         self._chance_N, self._wait_N, (self._lowest_M, self._longest_M) = *memory[2:4], memory[6:8]
-        # The third is the layer visited last.
+        # The third is the layer visited last, or -1.
         self._state = np.array([layers, experts, 0, *map(_address, memory)], np.int64)
         self._found = np.empty(3)
         self._at, self._found_at = _address(self._state), _address(self._found)
@@ -201,15 +190,12 @@ class Learned(Cache):
         layer = expert_id // self.experts
         self._lowest_M[layer], self._longest_M[layer] = 0.0, np.inf
 
-    def worth_a_copy(self, expert_ids: Collection[int]) -> list[int]:
-        self._state[2] = -1  # between passes no layer's turn is nearer than another's
-        return super().worth_a_copy(expert_ids)
-
     def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
         inputs: tuple[int | None, ...] = None, 0, 0, None
         if x_MTD is not None:
             x_MTD = np.ascontiguousarray(x_MTD, np.float32)
             inputs = _address(x_MTD), *x_MTD.shape[1:], _signs_at(-(-x_MTD.shape[2] // FEATURES))
+        ids_MTK = np.ascontiguousarray(ids_MTK)
         self._native.judge.run(self._at, _address(ids_MTK), *ids_MTK.shape, now, *inputs)
 
     def _worths(self, expert_ids: Collection[int]) -> list[float]:

@@ -57,7 +57,9 @@ class Plain:
         self.wait_ME[layer, experts] = turns_E * len(self.visited_M)
 
     def worths(self):
-        until_M = (np.arange(len(self.visited_M)) - self.layer - 1) % len(self.visited_M) + 1
+        until_M = np.full(count := len(self.visited_M), count)
+        if self.layer is not None:
+            until_M = (np.arange(count) - self.layer - 1) % count + 1
         until_M1 = until_M[:, None]
         return np.maximum(self.chance_ME / until_M1, 1 / (until_M1 + self.wait_ME)).ravel()
 
@@ -92,11 +94,12 @@ class Policy(RuleBasedStateMachine):
         self.cache.advance(len(tokens))
         self.now += len(tokens)
         indices_MTK, cached = np.array(tokens).swapaxes(0, 1), {*self.cached}
-        missing = self.cache.use_layers(0, indices_MTK)
         ids = indices_MTK + EXPERTS * np.arange(LAYERS)[:, None, None]
+        missing = self.cache.use(ids)
         assert len(missing) == len({*missing}) and {*missing} == {*ids.flat} - cached
         for layer in range(LAYERS):
             self.use(layer, ids[layer].tolist(), 0, told=True)
+        self.learned.layer = None  # no layer's turn is nearer than another's
 
     def use(self, layer, ids, later, told=False):
         tokens, used = [[id % EXPERTS for id in token] for token in ids], {*chain(*ids)}

@@ -22,7 +22,7 @@ constexpr double kShort = 0.9, kLong = 0.99;  // decay a token of the two averag
 constexpr double kNewest = 0.1, kOfShort = 0.3, kOfLong = 0.6;
 
 struct Policy {
-    int64_t layers, experts, layer;            // the one visited last; -1: each comes in a token's time
+    int64_t layers, experts, layer;            // the one visited last; -1: all, so each comes in a token's time
     double *recent, *lasting, *chance, *wait;  // [N]: both averages, as of the layer's last visit; what is estimated
     int64_t *last, *visited;                   // [N], [M]: the newest token that used it, or was there
     double *lowest, *longest, *bounds;         // [M]: at most, at least, the chance and wait of what is cached; room
@@ -84,6 +84,7 @@ EXPORT int slotmoe_judge(Policy* policy, const int64_t* used, int64_t m, int64_t
                          int64_t followed, int64_t d, const float* signs) {
     Policy& p = *policy;
     if (t < 1 || k < 1) return kBadArgument;
+    const bool all = m == p.layers && m > 1;
     for (; m > 0; m--, used += t * k, x += x ? followed * d : 0) {
         const int64_t layer = *used / p.experts, first = layer * p.experts, end = first + p.experts;
         const auto outside = [&](int64_t id) { return id < first || id >= end; };
@@ -99,7 +100,7 @@ EXPORT int slotmoe_judge(Policy* policy, const int64_t* used, int64_t m, int64_t
             if (age == 0) p.last[used[i]] = now;
         }
         for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, next ? next + (i - first) : nullptr);
-        p.layer = layer, p.visited[layer] = now, p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
+        p.layer = all ? -1 : layer, p.visited[layer] = now, p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
     }
     return kOk;
 }
