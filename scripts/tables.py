@@ -81,6 +81,12 @@ _OTHERS = {  # machines beside those of memory-and-planning.md
     "no GPU, 8 GiB of RAM, a laptop": "--device cpu --threads 4 --ram 5GiB --disk-bandwidth 2GB",
     "a GPU of 80 GB, 256 GiB of RAM": "--gpu h100 --threads 32 --ram 240GiB --disk-bandwidth 7GB",
 }
+_GPUS = "rtx-3060", "rtx-4090", "rx-7900-xtx", "arc-b580", "radeon-780m"
+_ON_VULKAN = {
+    "V2-Lite, in slots": "v2-lite --ram 24GiB",
+    "half, in RAM the rest": "v2-lite --ram 24GiB --slots 832",
+    "V2, 200 GiB of RAM": "v2 --ram 200GiB",
+}
 _CHOOSING = {"v2-lite": "V2-Lite", "glm-4.7-flash": "GLM-4.7-Flash"}
 _CHOOSING |= {"gpt-oss-120b": "gpt-oss-120b", "v2": "V2"}
 
@@ -248,6 +254,21 @@ def _machine(report: Json) -> Iterator[tuple[str, str]]:
     yield "bound by", "the time between kernels" if bound == "between kernels" else bound
 
 
+def vulkan() -> Iterator[str]:
+    """Milliseconds in memory, over the link and between kernels, and tokens a second."""
+
+    def cell(gpu: str, options: str) -> str:
+        report = _planned(*options.split(), "--device", "vulkan", "--gpu", gpu)
+        if not report["fits"]:
+            return "-"
+        parts = ("GPU memory", "PCIe", "between kernels")
+        spent = "+".join(figure(1e3 * report["decode_seconds"][part], 2) for part in parts)
+        return f"{spent}: {figure(report['decode_tokens_per_second'], 2)}"
+
+    rows = ((gpu, *(cell(gpu, options) for options in _ON_VULKAN.values())) for gpu in _GPUS)
+    return _table(f"GPU | {' | '.join(_ON_VULKAN)}", rows)
+
+
 def models() -> Iterator[str]:
     yield from _table(
         "geometry | parameters | export | resident weights, int8 / mixed | experts of one token"
@@ -286,6 +307,7 @@ TABLES = {
     "choosing": choosing,
     "machines": machines,
     "models": models,
+    "vulkan": vulkan,
 }
 
 

@@ -53,7 +53,7 @@ def gpu_report(index: int) -> Json:
         infos, reason = kernels.devices(), f"there is no device {index}"
     except kernels.VulkanError as problem:
         infos, reason = [], str(problem)
-    report = {"all": [info.name.decode() for info in infos], "reason": reason}
+    report: Json = {"all": [info.name.decode() for info in infos], "reason": reason}
     for info in infos[index : index + 1]:
         report |= {"name": info.name.decode(), "free": info.heap, "reason": info.problem.decode()}
         report["unified"] = info.kind in (1, 4)  # integrated, or a CPU

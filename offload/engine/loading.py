@@ -342,9 +342,8 @@ class _Loader:
         self._settle(plan)
         # Where everything fits each is read once: what is in the page cache is welcome.
         direct = max(plan.slots, plan.host_slots) < len(config.moe_layers) * export.experts
-        store: Store
         if device.tier == "ram":
-            store = DiskReader(export, direct)
+            store: Store = DiskReader(export, direct)
         else:
             cache = self._cache(plan.host_slots)
             store = HostTier(export, direct, cache, plan.host_staging, device)

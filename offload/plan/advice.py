@@ -41,7 +41,7 @@ class KnownGpu:
     bandwidth: float
     pcie: float
     operations: float
-    vulkan: bool
+    vulkan: bool = False
 
     @property
     def budget(self) -> int:
@@ -51,9 +51,8 @@ class KnownGpu:
 
 _GPUS: Json = json.loads(Path(__file__).with_name("gpus.json").read_bytes())
 GPUS = {
-    name: KnownGpu(gibibytes, bandwidth * 1e9, pcie * 1e9, operations * 1e12, kind == "vulkan")
-    for kind in ("known", "vulkan")
-    for name, (gibibytes, bandwidth, pcie, operations) in _GPUS[kind].items()
+    name: KnownGpu(gibibytes, bandwidth * 1e9, pcie * 1e9, operations * 1e12, *vulkan)
+    for name, (gibibytes, bandwidth, pcie, operations, *vulkan) in _GPUS["known"].items()
 }
 OLDER: dict[str, str] = _GPUS["older"]  # too old for the kernels: their compute capabilities
 
@@ -211,9 +210,8 @@ class Scenario:
     def plan(self) -> Plan:
         """Raises ``PlanError`` for slots that can't serve one token."""
         machine, gpu = self.machine, self.machine.vram is not None
-        kernels = "native" if not gpu else gpu_kernels(self.resident, self.codecs)
-        kernels = "vulkan" if machine.vulkan else kernels
-        on_cuda = gpu and not machine.vulkan
+        kernels = gpu_kernels(self.resident, self.codecs) if gpu else "native"
+        kernels, on_cuda = ("vulkan", False) if machine.vulkan else (kernels, gpu)
         return memory.make_plan(
             self.model.config,
             self.sizes,

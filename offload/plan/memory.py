@@ -209,7 +209,7 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
     """
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
     if kernels == "vulkan":
-        return _vulkan_scratch(config)
+        return _vulkan_scratch(config, tokens)
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = (2 + c.mtp) * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
@@ -226,15 +226,17 @@ def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 
     return value_bytes * (rows + scores + weights)
 
 
-def _vulkan_scratch(c: Config) -> int:
-    """What decoder.cpp allocates for rows of a step, and for what its shaders are told."""
+def _vulkan_scratch(c: Config, T: int) -> int:
+    """What decoder.cpp allocates for a step's rows, and for what its shaders are told."""
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
-    head, moe, splits = c.qk_nope_head_dim + c.qk_rope_head_dim, len(c.moe_layers), 1024 // H
+    few, moe, P = FEW_ROWS, len(c.moe_layers), c.qk_rope_head_dim
     widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size)
-    row = (3 + moe) * D + (c.q_lora_rank or 0) + H * (head + c.v_head_dim) + c.n_routed_experts
-    row += (H + 1) * (R + c.qk_rope_head_dim) + H * min(max(splits, 16), 64) * (R + 2)
-    row += widest + K * (c.moe_intermediate_size + 2) + c.vocab_size
-    return 4 * FEW_ROWS * row + 8 * moe * c.n_routed_experts + 1600 * c.num_hidden_layers
+    row = 4 * D + (c.q_lora_rank or 0) + H * (c.qk_nope_head_dim + P + c.v_head_dim) + R + P
+    row += max(H * (R + P), K * D) + c.n_routed_experts + widest + K * (c.moe_intermediate_size + 2)
+    sums = H * (R + 2) * max(few * min(max(1024 // H, 16), 64), T)
+    told = 17 * (T * K // 16 + c.n_routed_experts) + 2 * moe * c.n_routed_experts + T * (10 + P)
+    sizes = T * row, sums, told, few * ((moe - 1) * D + c.vocab_size), 750 * c.num_hidden_layers
+    return 4 * sum(sizes)
 
 
 def _more_scratch(c: Config) -> int:
@@ -400,8 +402,7 @@ def make_plan(
         chunk = _prefill_chunk(config, context, room)
     waiting = 0 if vulkan else waiting_bytes(config, chunk)
     count, staging = _divide((room - waiting) // record, slots, everything, top_k)
-    in_place = unified and slots is None
-    if count < (least := min(slots or top_k, everything)) or in_place:
+    if count < (least := min(slots or top_k, everything)) or (unified and slots is None):
         count, staging = least, top_k
     components |= {
         "prefill scratch": scratch + sums,
@@ -412,9 +413,8 @@ def make_plan(
     given = components, count, staging, record, budget, tier, context, chunk, drafted
     plan = Plan(*given, marks=marks)
     top_k *= FEW_ROWS if vulkan else 1  # which may all be read in RAM
-    if host_budget is None:
-        return plan
-    return _above(plan, runtime, host_budget - plan.total * unified, everything, top_k)
+    below = (host_budget or 0) - plan.total * unified
+    return plan if host_budget is None else _above(plan, runtime, below, everything, top_k)
 
 
 def _drafted(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:

@@ -66,10 +66,9 @@ def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
 
 
 def on_vulkan(config: Config) -> bool:
-    """Whether Vulkan's shaders compute a model: latents, and experts chosen by their scores."""
-    family, more = config.family, (config.indexer, config.hyper, config.delta)
-    scores = family.scoring in ("softmax", "sigmoid")
-    return family.attention == "latent" and scores and not any(more)
+    """Whether Vulkan's shaders compute a model."""
+    more = config.indexer or config.hyper or config.delta
+    return config.family.attention == "latent" and more is None
 
 
 BY_TORCH = (

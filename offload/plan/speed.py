@@ -25,7 +25,6 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.machine import read_note, write_note
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, kv_read_bytes
-from slotmoe.quant.shapes import FEW_ROWS
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
@@ -146,20 +145,15 @@ def constants(rates: Bandwidths, gpu: bool, config: Config, vulkan: bool) -> dic
     }
     of_gpu = {
         "share of GPU memory's bandwidth": GPU_SHARE,
+        "multiply-adds of its tensor cores": rates.gpu_products,
+        "share of these": GPU_PRODUCTS_SHARE,
         "kernels a layer": launches,
         "seconds between two": seconds,
+        "a layer that waits": GPU_MISS_SECONDS,
+        "the host's work for that": HOST_SECONDS["fetch"],
+        "on Vulkan instead, for a token": VULKAN_HOST_SECONDS,
         "sampling a logit": SAMPLE_SECONDS,
     }
-    of_gpu |= (
-        {"the host's work a token": VULKAN_HOST_SECONDS}
-        if vulkan
-        else {
-            "multiply-adds of its tensor cores": rates.gpu_products,
-            "share of these": GPU_PRODUCTS_SHARE,
-            "a layer that waits": GPU_MISS_SECONDS,
-            "the host's work for that": HOST_SECONDS["fetch"],
-        }
-    )
     of_head = {"the head's drafts that are right": HEAD_RIGHT} if config.mtp else {}
     return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
 
@@ -300,14 +294,9 @@ class Setting:
         # Meanwhile the GPU computes experts in slots and shared ones.
         beside = (used * hits + layers * c.n_shared_experts) * record
         computing = touched - min(beside, behind * rates.gpu * GPU_SHARE)
-        waited = {
-            "fetch": "PCIe",
-            "read": "PCIe",
-            "cpu": "CPU experts",
-            "hybrid": "PCIe and CPU experts",
-        }
+        waited = {"cpu": "CPU experts", "hybrid": "PCIe and CPU experts"}
         seconds_of = {"between kernels": between, "GPU memory": computing / rates.gpu / GPU_SHARE}
-        return seconds_of | {waited[self.misses]: behind}
+        return seconds_of | {waited.get(self.misses, "PCIe"): behind}
 
     def _missing_seconds(self, missing: int) -> float:
         """Of a token's layer with so many experts in no slot: the slower of what is copied and what
@@ -339,19 +328,15 @@ class Setting:
 
     def _prefill_seconds(self, tokens: int) -> dict[str, float]:
         """What a prompt waits for: each pass loads its experts once, and reads all weights for
-        every step."""
+        every step.  By Vulkan it is not known what bounds them."""
         c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
         experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
         spent = defaultdict[str, float](float, disk=0.0)
-        vulkan = self.misses == "read"
-        for start in range(0, tokens, FEW_ROWS) if vulkan else ():
-            for name, seconds in self._decode_seconds(start, min(tokens - start, FEW_ROWS)).items():
-                spent[name] += seconds
 
         def used(tokens: int) -> float:  # bytes of experts
             return experts * (1 - (1 - K / c.n_routed_experts) ** tokens) * record
 
-        for start in range(0, tokens * (not vulkan), plan.prefill_chunk):
+        for start in range(0, tokens * (self.misses != "read"), plan.prefill_chunk):
             chunk = min(tokens - start, plan.prefill_chunk)
             needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
             spent["disk"] += needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk

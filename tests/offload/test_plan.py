@@ -12,6 +12,7 @@ import torch
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
+from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import HUB, geometry_path, gpu_named
@@ -311,6 +312,7 @@ BAD = [
     ("sample --prompt-tokens 5000", "does not fit the context of 1024"),
     ("v2 --context 64 --prompt-tokens 64", LOWER),
     ("v2 --device cpu --gpu rtx-4090", "drop one"),
+    ("gpt-oss-20b --gpu arc-b580", "GptOssForCausalLM is not there yet on Vulkan; plan it with"),
     ("v2 --codec nf4 --bits 3", "--codec nf4 has no 3 bits"),
     ("v2 --slots 3", "3 expert slots are too few"),
     ("v2-lite --device cpu --pcie-bandwidth 9GB", "--pcie-bandwidth 9GB is given and no GPU"),
@@ -395,6 +397,22 @@ def test_a_gpus_figures_are_the_pages_arithmetic(planned, block):
         assert sum(report[f"{kind}_seconds"].values()) == pytest.approx(found)
         assert found == pytest.approx(sums[kind], rel=0.15)
     assert report["bandwidths"]["gpu"]["origin"].startswith("of ")
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_vulkan_device_that_is_here(planned, monkeypatch, unified):
+    """One whose memory is RAM has no link, and experts stay where they are read to."""
+    found = {"name": "a GPU", "reason": "", "free": 20 * GIB, "unified": unified}
+    monkeypatch.setattr(machine, "ask_gpu", lambda index, kind: found)
+    report = planned("v2-lite", "--device", "vulkan", "--ram", "24GiB", "--slots", 800)
+    missing = report["decode_seconds"]["PCIe"]
+    assert (missing == 0) == unified and report["host_slots"] == report["experts"]
+    report = planned("v2-lite", "--device", "vulkan", "--ram", "24GiB")
+    assert (report["slots"], report["host_slots"]) == ((6, 1664) if unified else (1664, 0))
+    total = sum(report["total"][tier] for tier in ("ram", "vram"))
+    half = planned(*"v2-lite --ram 24GiB --slots 832 --gpu rtx-4090 --device vulkan".split())
+    assert half["decode_tokens_per_second"] > 100
+    assert total < (24 if unified else 44) * GIB and report["prefill_tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("options", ["v2-lite --vram 8GiB", "v2 --ram-bandwidth 400GB", "v3.2"])

@@ -1,56 +1,24 @@
-"""A Vulkan device: its memory and copies, what it refuses, and what becomes of one that fails.
-
-A loader made here stands before the system's, so that any function of Vulkan fails at any call.
-"""
+"""A Vulkan device: its memory and copies, what it refuses, and what becomes of one that fails."""
 
 import ctypes
 import mmap
 from contextlib import suppress
-from ctypes import c_void_p
 
 import pytest
 import torch
 
 from slotmoe.quant.kernels import vulkan as vk
 from tests.support.tiny import CONFIG, SMALL
-from tests.support.vulkan import OnDevice, needs_vulkan
+from tests.support.vulkan import LOST, NO_ROOM, TIMEOUT, Loader, OnDevice, needs_vulkan
 
 pytestmark = needs_vulkan
 
-LOST, NO_ROOM, TIMEOUT = -4, -2, 2  # VkResult
-Entry = ctypes.CFUNCTYPE(c_void_p, c_void_p, ctypes.c_char_p)
-Forward = ctypes.CFUNCTYPE(ctypes.c_int, *[c_void_p] * 6)
 FALLIBLE = (
     "CreateInstance EnumeratePhysicalDevices CreateDevice CreateBuffer AllocateMemory MapMemory"
     " BindBufferMemory GetMemoryHostPointerPropertiesEXT CreateShaderModule CreatePipelineLayout"
     " CreateComputePipelines CreateCommandPool AllocateCommandBuffers BeginCommandBuffer"
     " EndCommandBuffer QueueSubmit2 CreateSemaphore WaitSemaphores GetSemaphoreCounterValue"
 ).split()
-
-
-class Loader:
-    """The system's, but the ``at``-th call of function ``name`` gives ``result``."""
-
-    def __init__(self, name, at, result):
-        system = ctypes.CDLL("libvulkan.so.1").vkGetInstanceProcAddr
-        system.restype, system.argtypes = c_void_p, [c_void_p, ctypes.c_char_p]
-        self.calls, self._kept = 0, []
-
-        def entry(instance, wanted):
-            address = system(instance, wanted)
-            if wanted.decode() != f"vk{name}" or not address:
-                return address
-            real = Forward(address)
-
-            def call(*arguments):
-                self.calls += 1
-                return result if self.calls == at else real(*arguments)
-
-            self._kept.append(Forward(call))
-            return ctypes.cast(self._kept[-1], c_void_p).value
-
-        self._entry = Entry(entry)
-        self.address = ctypes.cast(self._entry, c_void_p).value
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +141,15 @@ def test_each_call_that_fails(name, result):
     at, want = 2, scenario()
     while fails_well(want, name, at, result):
         at += 1
+
+
+def test_a_driver_that_reads_no_ram_is_refused():
+    loader = Loader("EnumerateDeviceExtensionProperties", 1, 0)  # tells none
+    assert "lacks VK_EXT_external_memory_host" in vk.devices(loader.address)[0].problem.decode()
+    loader.at += loader.calls
+    with pytest.raises(vk.VulkanError, match="lacks VK_EXT_external_memory_host") as caught:
+        vk.Vulkan(0, loader.address)
+    assert caught.value.code == vk.NO_DEVICE
 
 
 def test_a_device_that_does_not_answer():

@@ -1,9 +1,10 @@
-"""A network of random weights on a Vulkan device, and what a device there is.
+"""A network of random weights on a Vulkan device, what a device there is, and one that fails.
 
 Shapes: L layers, T rows, D hidden_size, E experts, M MoE layers, S positions, W latent row.
 """
 
 import ctypes
+from ctypes import c_void_p
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from tests.support.native import network_of
 from tests.support.slab import SlabExperts
 from tests.support.tiny import random_weights
 
+LOST, NO_ROOM, TIMEOUT = -4, -2, 2  # VkResult
+_Entry = ctypes.CFUNCTYPE(c_void_p, c_void_p, ctypes.c_char_p)
+_Forward = ctypes.CFUNCTYPE(ctypes.c_int, *[c_void_p] * 6)
 Span = vk.structure("address: address int: bytes")
 Operation = vk.structure("address: reads writes int: barrier shader at")
 SETS = (
@@ -37,6 +41,32 @@ def usable():
 
 PROBLEM = usable()
 needs_vulkan = pytest.mark.skipif(PROBLEM is not None, reason=f"no Vulkan 1.3: {PROBLEM}")
+
+
+class Loader:
+    """The system's, but the ``at``-th call of function ``name`` gives ``result``: it stands before
+    that, so that any function of Vulkan fails at any call."""
+
+    def __init__(self, name, at, result):
+        system = ctypes.CDLL("libvulkan.so.1").vkGetInstanceProcAddr
+        system.restype, system.argtypes = c_void_p, [c_void_p, ctypes.c_char_p]
+        self.calls, self.at, self._kept = 0, at, []
+
+        def entry(instance, wanted):
+            address = system(instance, wanted)
+            if wanted.decode() != f"vk{name}" or not address:
+                return address
+            real = _Forward(address)
+
+            def call(*arguments):
+                self.calls += 1
+                return result if self.calls == self.at else real(*arguments)
+
+            self._kept.append(_Forward(call))
+            return ctypes.cast(self._kept[-1], c_void_p).value
+
+        self._entry = _Entry(entry)
+        self.address = ctypes.cast(self._entry, c_void_p).value
 
 
 class OnDevice:
@@ -78,7 +108,7 @@ class OnDevice:
         return self.put(rows), rows[0].nbytes
 
     def step(self, ids, positions, caches, first=None, last=None, **more):
-        """What `Decoder.submit` takes for a row each of these."""
+        """What `Decoder.run` takes for a row each of these."""
         views, T = self.views, len(ids)
         rope_TC = self.backend.rotations(
             torch.tensor(positions, dtype=torch.float32),

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kStaging = 16 << 20;  // half of it is filled while the other half is copied
 constexpr int64_t kForever = INT64_MAX;
+constexpr const char* kLess = ": give less --ram, or take --device cpu";
 
 [[noreturn]] void fail(Code code, const std::string& text) { throw Failure{code, text}; }
 
@@ -121,23 +122,21 @@ DeviceInfo Instance::describe(VkPhysicalDevice device, Limits* limits, std::vect
     if (plain.limits.maxComputeWorkGroupInvocations < 256 || plain.limits.maxComputeSharedMemorySize < 32768) {
         return refuse("its workgroups are too small");
     }
-    if (!limits) return info;
     uint32_t count = 0;
     vk.EnumerateDeviceExtensionProperties(device, nullptr, &count, nullptr);
     std::vector<VkExtensionProperties> all(count);
     vk.EnumerateDeviceExtensionProperties(device, nullptr, &count, all.data());
-    for (const char* wanted : {VK_EXT_MEMORY_BUDGET_EXTENSION_NAME, VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME}) {
-        for (const auto& extension : all) {
-            if (!std::strcmp(extension.extensionName, wanted)) extensions->push_back(wanted);
-        }
-    }
     const auto among = [&](const char* name) {
-        return std::find(extensions->begin(), extensions->end(), name) != extensions->end();
+        return std::any_of(all.begin(), all.end(), [&](const auto& it) { return !std::strcmp(it.extensionName, name); });
     };
+    const char* const import_name = VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME;
+    if (!among(import_name)) return refuse(std::string("its driver lacks ") + import_name + ", by which experts in RAM are read");
+    if (!limits) return info;
+    extensions->push_back(import_name);
+    if (among(VK_EXT_MEMORY_BUDGET_EXTENSION_NAME)) extensions->push_back(VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
     const uint64_t most = std::min(v11.maxMemoryAllocationSize, v13.maxBufferSize);
     limits->allocation = static_cast<int64_t>(std::min(most, uint64_t(INT64_MAX)));
-    limits->import_alignment = among(VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME)
-                                   ? static_cast<int64_t>(import.minImportedHostPointerAlignment) : 0;
+    limits->import_alignment = static_cast<int64_t>(import.minImportedHostPointerAlignment);
     limits->has_budget = among(VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
     limits->unified = plain.deviceType == VK_PHYSICAL_DEVICE_TYPE_INTEGRATED_GPU ||
                       plain.deviceType == VK_PHYSICAL_DEVICE_TYPE_CPU;
@@ -302,8 +301,8 @@ Memory* Device::allocate(Place kind, int64_t bytes, void* host) {
         fail(kRefused, amount + " are more than one allocation's " + std::to_string(limits_.allocation));
     }
     const int64_t alignment = limits_.import_alignment;
-    if (kind == kImported && (!alignment || !host || reinterpret_cast<uintptr_t>(host) % alignment || bytes % alignment)) {
-        fail(kNoImport, alignment ? "memory is imported in whole pages" : "the device imports no memory");
+    if (kind == kImported && (!host || reinterpret_cast<uintptr_t>(host) % alignment || bytes % alignment)) {
+        fail(kNoImport, "memory is imported in whole pages");
     }
     if (kind == kDevice) {
         int64_t heap, left, ours;
@@ -345,7 +344,7 @@ Memory* Device::allocate(Place kind, int64_t bytes, void* host) {
             const VkResult result = vk().GetMemoryHostPointerPropertiesEXT(device_, kHost, host, &can);
             const uint32_t types = needs.memoryTypeBits & can.memoryTypeBits;
             if (result < 0 || !types || needs.size > static_cast<uint64_t>(bytes)) {
-                fail(kNoImport, "the driver does not import " + amount + " of host memory");
+                fail(kNoImport, "the driver does not import " + amount + " of RAM" + kLess);
             }
             import.pNext = &flags;
             import.handleType = kHost;
@@ -363,8 +362,8 @@ Memory* Device::allocate(Place kind, int64_t bytes, void* host) {
         }
         const VkResult result = vk().AllocateMemory(device_, &wanted, nullptr, &memory->memory);
         if (result < 0 && result != VK_ERROR_DEVICE_LOST && result != VK_ERROR_OUT_OF_HOST_MEMORY) {
-            const char* place = kind == kDevice ? " of device memory" : kind == kMapped ? " that the device reads" : " to import";
-            fail(kind == kImported ? kNoImport : kRefused, "the driver refused " + amount + place);
+            if (kind == kImported) fail(kNoImport, "the driver does not import " + amount + " of RAM" + kLess);
+            fail(kRefused, "the driver refused " + amount + (kind == kDevice ? " of device memory" : " that the device reads"));
         }
         check(result, "an allocation");
         check(vk().BindBufferMemory(device_, memory->buffer, memory->memory, 0), "binding a buffer");
