@@ -21,7 +21,7 @@ from slotmoe.offload.model_cache import is_hub_id, library, locate
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context, share_of
-from slotmoe.offload.plan.precision import brief, on_vulkan
+from slotmoe.offload.plan.precision import brief, check_vulkan
 from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.sizes import format_size, parse_size
@@ -114,9 +114,8 @@ def command(
         size = plan.total if target.vram is None else sum(plan.host.values())
         target = replace(target, threads=choose_placement(size).threads)
         scenario = replace(scenario, machine=target)
-    if target.vulkan and not on_vulkan(planned.config):
-        problem = f"{planned.config.family.architecture} is not there yet on Vulkan"
-        raise PlanError(f"{model}: {problem}; plan it with --device cpu")
+    if target.vulkan:
+        check_vulkan(planned.config)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report |= {
         "resident": {"precision": resident, "why": why},

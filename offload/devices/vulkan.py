@@ -22,7 +22,7 @@ from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.store import CACHED, STALE
-from slotmoe.offload.plan.precision import on_vulkan
+from slotmoe.offload.plan.precision import check_vulkan
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.vulkan import DeviceRows, VulkanBackend, allocate
 from slotmoe.quant.kernels import vulkan as kernels
@@ -69,21 +69,16 @@ class VulkanDevice(Device):
     def __init__(self, index: int):
         if reason := (found := gpu_report(index))["reason"]:
             raise ConfigError(f"device vulkan:{index}: {reason}; or use --device cpu")
-        self.vulkan, self.name, self.unified = (
-            kernels.Vulkan(index),
-            found["name"],
-            found["unified"],
-        )
+        self.vulkan, self.name = kernels.Vulkan(index), found["name"]
+        self.unified = found["unified"]
         self._reached = list[Region]()  # RAM that has to outlive the device
         weakref.finalize(self, self.vulkan.close)
 
     def refuse(self, config: Config, asked: Mapping[str, object]) -> None:
         missing = [name for name, known in _OPTIONS.items() if asked[name] not in known]
-        problem = ", ".join(f"{name} {asked[name]}" for name in missing)
-        if not on_vulkan(config):
-            problem = config.family.architecture
-        if problem:
+        if problem := ", ".join(f"{name} {asked[name]}" for name in missing):
             raise ConfigError(f"{problem} is not there yet on Vulkan; use --device cpu")
+        check_vulkan(config)
 
     def backend(self, kernels: str, activation: Activation) -> VulkanBackend:
         return VulkanBackend(self.vulkan)

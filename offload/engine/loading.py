@@ -402,10 +402,9 @@ class _Loader:
     def _cache(self, slots: int) -> Cache:
         """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
-        native, policy = load(), self._options.cache_policy
-        if native is None or slots >= layers * experts:
-            policy = "lru"
-        return make_cache(policy or "learned", slots, layers, experts, native)
+        is_cheap = (native := load()) is None or slots >= layers * experts
+        policy = "lru" if is_cheap else self._options.cache_policy or "learned"
+        return make_cache(policy, slots, layers, experts, native)
 
     def _experts(self, export: Export, store: Store, weights: dict[str, Prepared]) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""

@@ -65,10 +65,11 @@ def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
     return "torch" if lacking and is_gpu and asked == "auto" else asked
 
 
-def on_vulkan(config: Config) -> bool:
-    """Whether Vulkan's shaders compute a model."""
-    more = config.indexer or config.hyper or config.delta
-    return config.family.attention == "latent" and more is None
+def check_vulkan(config: Config) -> None:
+    """Raises ``ConfigError`` for a model that Vulkan's shaders do not compute."""
+    if config.family.attention != "latent" or config.indexer or config.hyper or config.delta:
+        problem = f"{config.family.architecture} is not there yet on Vulkan"
+        raise ConfigError(f"{problem}; use --device cpu")
 
 
 BY_TORCH = (

@@ -196,7 +196,8 @@ class Learned(Cache):
             x_MTD = np.ascontiguousarray(x_MTD, np.float32)
             inputs = _address(x_MTD), *x_MTD.shape[1:], _signs_at(-(-x_MTD.shape[2] // FEATURES))
         ids_MTK = np.ascontiguousarray(ids_MTK)
-        self._native.judge.run(self._at, _address(ids_MTK), *ids_MTK.shape, now, *inputs)
+        used = _address(ids_MTK), *ids_MTK.shape
+        self._native.call("judge", self._at, *used, now, *inputs)
 
     def _worths(self, expert_ids: Collection[int]) -> list[float]:
         ids = np.array([*expert_ids], np.int64)

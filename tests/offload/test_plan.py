@@ -312,7 +312,10 @@ BAD = [
     ("sample --prompt-tokens 5000", "does not fit the context of 1024"),
     ("v2 --context 64 --prompt-tokens 64", LOWER),
     ("v2 --device cpu --gpu rtx-4090", "drop one"),
-    ("gpt-oss-20b --gpu arc-b580", "GptOssForCausalLM is not there yet on Vulkan; plan it with"),
+    (
+        "gpt-oss-20b --gpu arc-b580",
+        "GptOssForCausalLM is not there yet on Vulkan; use --device cpu",
+    ),
     ("v2 --codec nf4 --bits 3", "--codec nf4 has no 3 bits"),
     ("v2 --slots 3", "3 expert slots are too few"),
     ("v2-lite --device cpu --pcie-bandwidth 9GB", "--pcie-bandwidth 9GB is given and no GPU"),

@@ -102,7 +102,7 @@ def test_random_checkpoints_are_as_the_reference_says(case, tmp_path):
 )
 def test_bits_are_the_same_wherever_experts_lie(export, monkeypatch, found, slots, in_ram):
     """In slots, in RAM, or on the disk; and a row's alone and among others.  Where a device has
-    RAM alone nothing goes to slots; and it takes what was planned."""
+    RAM alone no more goes to slots; and it takes what was planned."""
 
     def plan(*arguments, **given):
         return replace(make_plan(*arguments, **given), host_slots=in_ram)
@@ -116,7 +116,7 @@ def test_bits_are_the_same_wherever_experts_lie(export, monkeypatch, found, slot
         stats = runtime.stats()
         assert (stats["cache"]["misses"] > 0) == (slots != EXPERTS)
         copied = runtime.model.store.stats()["host"]["bytes"] // runtime.plan.record_bytes
-        assert (copied, runtime.plan.slots) == (0, 3) if slots is None else copied > 0
+        assert runtime.plan.slots == (slots or 3) and copied <= 3 if slots is None else copied > 0
         assert 0.97 < stats["memory"]["peak_vram"] / runtime.plan.total <= 1
         whole(runtime)
 
@@ -158,14 +158,16 @@ def test_models_that_are_not_there_yet_are_refused(tmp_path):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Devices by a loader, which is returned."""
+    """Devices by a loader, which is returned and outlives them."""
+    kept = []
 
     def fail(*fault):
-        loader = Loader(*fault)
+        kept.append(loader := Loader(*fault))
         monkeypatch.setattr(vulkan.kernels, "Vulkan", partial(Vulkan, loader=loader.address))
         return loader
 
-    return fail
+    yield fail
+    kept.clear()
 
 
 ANY = [
