@@ -27,7 +27,7 @@ inline Mla mla_for(const float* q, float* out, const uint8_t* cache, int64_t hea
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
     m.q = q, m.out = out, m.split = INT64_MAX;
     m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
-    m.near = kChunkRows * stride < first_level_bytes();
+    m.near = past_l2() && kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
     m.shared = m.tiles < kShared ? kShared / m.tiles : 1;
     return m;
