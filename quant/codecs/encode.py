@@ -219,7 +219,7 @@ def nearest(z: Tensor, levels_L: Tensor) -> Tensor:
     """Index of the level nearest to each number, the lower one of two, or of more than 16 levels,
     which are whole numbers, the even one."""
     if (half := len(levels_L) // 2) > 8:
-        return z.clamp(-half, half - 1).round().long() + half
+        return z.nan_to_num().clamp(-half, half - 1).round().long() + half
     return torch.bucketize(z.contiguous(), (levels_L[1:] + levels_L[:-1]) / 2)
 
 

@@ -136,9 +136,9 @@ def test_experts_are_read_once_for_all_prompts(sample_export, heavy, monkeypatch
 
 
 @pytest.mark.parametrize("gate", [3, 48])
-def test_a_short_prompt_overtakes_a_long_one(runtime, gate):
+def test_a_short_prompt_overtakes_a_long_one(runtime, gate, monkeypatch):
     """It comes at a gate of the first pass, which ends if it has just begun."""
-    engine, gates, order = runtime.engine, [], []
+    engine, gates, order, passes = runtime.engine, [], [], passes_of(runtime, monkeypatch)
 
     def ask(count):
         request = Request(words(count, count), Forced(()), owner=str(count))
@@ -156,6 +156,7 @@ def test_a_short_prompt_overtakes_a_long_one(runtime, gate):
     until(lambda: len(order) == 2)
     engine.call(stop)
     assert order == [40, 400]
+    assert (sum(map(sum, passes)) < -440) == (gate == 3)
 
 
 def test_threads_get_each_the_text_alone(runtime):

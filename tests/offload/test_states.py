@@ -60,7 +60,7 @@ class Engine(RuleBasedStateMachine):
             full = self.slots._fill_free() is None
             left = [read for _, read in self.store.coming() if read.urgency == FILL]
             whole = len(self.slots.cache) == min(self.slots.planned, ROWS * EXPERTS)
-            assert not full or (whole and not left)
+            assert full == (whole and not left)
         except Broken:
             assert any(errors)
 

@@ -17,6 +17,7 @@ from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, KEPT_CODECS, MXFP4
 from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, pack, unpack
+from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import SWIGLU
 from tests.support.codes import quantize_coded, random_codes
@@ -67,15 +68,17 @@ def test_dequantized_is_what_the_documented_bytes_say(codec, n, k):
 @pytest.mark.parametrize(
     "codec", [codec for codec in CODECS if codec not in (INT4, MXFP4)], ids=lambda codec: codec.name
 )
-def test_an_encoder_finds_what_a_codec_holds_exactly(codec):
+def test_an_encoder_finds_what_a_codec_holds_exactly(codec, monkeypatch):
+    """And refuses what is not finite, also by torch alone."""
     weight, _ = random_codes(np.random.default_rng(3), codec, 50, 128)
     wanted = weight.dequantize()
     made = CodedWeight(*quantize_coded(wanted, codec), levels_of(codec), (50, 128))
     assert relative(made.dequantize(), wanted) < 0.1
     nothing = quantize_coded(torch.zeros(3, 70), codec)
     assert not CodedWeight(*nothing, levels_of(codec), (3, 70)).dequantize().any()
-    for bad in (math.nan, math.inf, -math.inf):
+    for bad, found in product((math.nan, math.inf, -math.inf), (native, None)):
         wanted[-1, -1] = bad
+        monkeypatch.setattr(bindings, "load", lambda found=found: found)
         with pytest.raises(NotFiniteError):
             quantize_coded(wanted, codec)
 
