@@ -203,6 +203,7 @@ def test_runtime_tells_its_device_and_measures_a_link(on_twin, twin_export, monk
     for misses, times in ("fetch", 0), ("auto", 1):
         with on_twin(Twin(), slots=6, misses=misses) as runtime:
             assert runtime.stats()["device"] == {"name": "the twin", "why": "a test"}
+            assert runtime.model.cpu.kind == ("torch" if loading.load() is None else "native")
         assert len(measured) == times
     with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
         Runtime.open(twin_export, context=64, device="cpu", misses="cpu")

@@ -3,10 +3,8 @@ read once for all, and no short prompt waits for a long one."""
 
 import asyncio
 import random
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from queue import Empty
 from unittest.mock import Mock
 
@@ -71,12 +69,8 @@ def test_prompts_together_are_each_as_alone(runtime, prompts, monkeypatch):
         runtime.engine.empty()
         alone.append(decode(runtime, prompt, MORE))
     runtime.engine.empty()
-    passes, totals = passes_of(runtime, monkeypatch), runtime.engine.batch.totals
-    before = replace(totals, finished=Counter(totals.finished))
+    passes = passes_of(runtime, monkeypatch)
     found = together(runtime, prompts, MORE)
-    assert totals.prompt_tokens - before.prompt_tokens == sum(map(len, prompts))
-    assert totals.answer_tokens - before.answer_tokens == len(MORE) * len(prompts)
-    assert totals.finished - before.finished == {"length": len(prompts)}
     assert max(map(len, passes)) > 1 and -sum(sum(rows) for rows in passes) > 0
     assert any(min(rows) < 0 < max(rows) for rows in passes) or len(prompts) < 5
     if runtime.stats()["kernels"] != "torch":
