@@ -30,7 +30,7 @@ AREAS = {
     "engine": (
         "offload/engine/*.py",
         "offload/engine offload/drafts offload/sharing offload/api offload/sequences"
-        " offload/sessions offload/same_bits offload/gpu_faults",
+        " offload/sessions offload/same_bits offload/gpu_faults offload/gpu hostile/files",
     ),
     "store": (
         "offload/experts/s*.py",
@@ -48,7 +48,7 @@ AREAS = {
         "quant/codecs/*.py",
         "quant/codecs quant/encode quant/ops offload/codecs offload/encoded",
     ),
-    "plan": ("offload/plan/*.py", "offload/plan tools/commands"),
+    "plan": ("offload/plan/*.py", "offload/plan offload/codecs tools/commands"),
 }
 # A change may make a test wait for ever; that ends it.
 PYTEST = (

@@ -19,8 +19,7 @@ from tests.support.served import deepseek_files
 from tests.support.tiny import SAMPLE
 
 PUBLIC = Path(__file__).with_name("chats")
-THEIRS = Path(__file__).parents[1] / "data" / "templates.json"
-TEMPLATES = json.loads(THEIRS.read_text(encoding="utf-8"))
+TEMPLATES = json.loads((PUBLIC.parents[1] / "data" / "templates.json").read_text(encoding="utf-8"))
 V32, V4 = "deepseek_v32", "deepseek_v4"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001

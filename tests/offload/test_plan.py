@@ -106,6 +106,7 @@ def test_the_smallest_budget_is_found_to_the_byte():
 @pytest.mark.parametrize("ram", [32, 96, 512])
 def test_memory_below_a_gpu(ram):
     """Locked RAM takes the GPU's memory too: 8 bytes for each page of 4 KiB."""
+    assert gpu_named("RTX 4090").budget == pytest.approx(20.8 * GIB, rel=0.01)  # as run takes
     plan = plan_of(geometry("v2"), 22 * GIB, **GPU | {"host_budget": ram * GIB})
     assert plan.shortfall == {} and "runtime" not in plan.components
     locked = plan.host["expert slots"] + plan.host["read buffers"]
@@ -152,7 +153,6 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
 
 LEAST = {
     "v2": 25805657948,
-    "v2-lite": 3465972590,
     "glm-5": 36718512076,
     "v4-flash": 17055836798,
     "qwen3-next-80b-a3b": 7685101736,
@@ -351,7 +351,6 @@ PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of
     ("qwen3.6-35b-a3b", 12 << 10, {}, {}, 181.97, 10.769),
     ("qwen3-next-80b-a3b", 16 << 10, GPU, {"misses": "hybrid"}, 702.75, 16.576),
     ("kimi-linear-48b-a3b", 12 << 10, GPU | {"context": 8192}, {}, 2668.7, 31.010),
-    ("gpt-oss-120b", 40 << 10, {"context": 8192}, {}, 116.62, 5.8725),
     ("gpt-oss-20b", 8 << 10, GPU | {"context": 8192}, {}, 2920.0, 42.404),
 ]
 
@@ -441,10 +440,6 @@ def test_ram_gives_no_more_than_it_has(misses):
     spent = sum(it for name, it in on.predict(8, 8).decode_seconds.items() if name[0] in "PC")
     absent = 59 * 6 * (1 - on.hits(plan.slots)) * plan.record_bytes
     assert absent / spent <= 0.95 * 70e9
-
-
-def test_a_named_gpu_has_the_budget_that_run_takes():
-    assert gpu_named("RTX 4090").budget == pytest.approx(20.8 * GIB, rel=0.01)
 
 
 LAUNCHED = {"v3.2-sparse": "indexed", "v4": "compressed", "glm4": "grouped"}

@@ -69,7 +69,6 @@ def test_dequantized_is_what_the_documented_bytes_say(codec, n, k):
     "codec", [codec for codec in CODECS if codec not in (INT4, MXFP4)], ids=lambda codec: codec.name
 )
 def test_an_encoder_finds_what_a_codec_holds_exactly(codec, monkeypatch):
-    """And refuses what is not finite, also by torch alone."""
     weight, _ = random_codes(np.random.default_rng(3), codec, 50, 128)
     wanted = weight.dequantize()
     made = CodedWeight(*quantize_coded(wanted, codec), levels_of(codec), (50, 128))
