@@ -154,14 +154,13 @@ class PlacedExperts(Experts):
         self, moe_layer: int, indices: list[list[int]], table_ME: NDArray[np.uint64]
     ) -> Iterator[bool]:
         """Bring what a layer lacks, in parts if that is more than RAM lends: each is there, and
-        alone, until the next is asked for; whether there is one.  See
-        ``slotmoe.quant.backends.vulkan``."""
+        alone, until the next is asked for; whether there is one."""
         host, slots, cached = self._host, self.slots, self._cache.cached
         ids = [id for id in self._uses(moe_layer, indices) if id not in cached]
         self._fetched += len(ids)
         lends = len(host.store.records) - host.cache.slots - slots.staging
-        done_E = np.zeros(table_ME.shape[1], bool)
-        while True:
+        done_E, more = np.zeros(table_ME.shape[1], bool), True
+        while more:
             host.release_all()  # an earlier layer's, or part's, which is over
             room = min(slots.room(), slots.staging)
             part, ids = ids[: room + lends], ids[room + lends :]
@@ -180,9 +179,7 @@ class PlacedExperts(Experts):
             self.write_addresses(table_ME)
             table_ME[moe_layer, done_E] = 0
             done_E |= table_ME[moe_layer] != 0
-            yield bool(ids)
-            if not ids:
-                return
+            yield (more := bool(ids))
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """And what was used goes on to slots, as far as the cache would keep it."""

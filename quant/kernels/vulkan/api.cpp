@@ -115,13 +115,5 @@ EXPORT int slotmoe_vulkan_plan(Decoder* decoder, int64_t rows, int64_t first, in
     });
 }
 
-// Where barriers stand among any operations.
-EXPORT int slotmoe_vulkan_barriers(Operation* operations, int64_t count) {
-    Hazards hazards;
-    return guarded_by_text([&] {
-        for (Operation* op = operations; op < operations + count; op++) op->barrier = hazards.barrier_before(op->reads, op->writes);
-    });
-}
-
 }  // namespace slotmoe::vulkan
 #endif
