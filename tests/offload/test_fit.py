@@ -125,4 +125,4 @@ def test_an_export_is_made_planned_and_opened_as_fitted(slotmoe, tmp_path):
             logits.append(runtime.logits([*range(9)]))
             sizes = runtime.model.sizes
             assert export_bytes(runtime.model.config, sizes) == row["export"]
-    assert torch.equal(logits[0].argmax(-1), logits[1].argmax(-1))
+    assert torch.dist(*logits) < 0.1 * logits[1].norm()
