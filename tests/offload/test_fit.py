@@ -5,7 +5,6 @@ import re
 from itertools import pairwise, product
 
 import pytest
-import torch
 
 from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
