@@ -14,6 +14,7 @@ from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.kernels.vulkan import REFUSED, Vulkan, VulkanError
+from slotmoe.tools.bench.speed import measure
 from tests.support.engine import IDS, decode, whole
 from tests.support.tiny import ODD_SIZES, SAMPLE, write_checkpoint
 from tests.support.v4 import write_case
@@ -67,6 +68,13 @@ def test_the_sample_is_as_the_reference_says(sample_export, count):
             found.append((runtime.logits(IDS[:count]), texts(runtime, ["Call me"], count)))
     assert close(found[1][0], found[0][0])
     assert found[1][1] == found[0][1]
+
+
+def test_bench_knows_no_ceiling(export):
+    with opened(export) as runtime:
+        report = measure(runtime, 9, 2, 0, 1)
+    assert report["decode_tokens_per_second"] > 0
+    assert report["ceiling"]["decode_fraction"] is None
 
 
 CASES = {

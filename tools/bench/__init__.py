@@ -77,7 +77,8 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
 
 def _print(report: dict[str, Any]) -> None:
     settings, ceiling = report["settings"], report["ceiling"]
-    limit = (f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}")
+    most, share = ceiling["decode_tokens_per_second"], ceiling["decode_fraction"]
+    limit = (f"{most:.1f}", f"{share:.0%}") if most else ("", "")
     rows = []
     labels = f"prefill {settings['prompt_tokens']}", f"decode after {settings['depth']}"
     for label, limits in zip(labels, (("", ""), limit), strict=True):
@@ -95,11 +96,9 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     stages = report["decode_milliseconds"].items()
     spent = [f"{name} {ms:.1f} ms" for name, ms in stages if ms >= 0.05]
     touched = [f"{name} {size / 1e6:.0f} MB" for name, size in ceiling["bytes_per_token"].items()]
-    lines = [
-        f"One token by stage: {', '.join(spent)}.",
-        f"A token touches {', '.join(touched)}; "
-        f"memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.",
-    ]
+    lines = [f"One token by stage: {', '.join(spent)}.", f"A token touches {', '.join(touched)}."]
+    if ceiling["read_bandwidth"]:
+        lines.append(f"Memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.")
     if link:
         pcie, busy, experts = (
             f"{link[name] / 1e9:.1f}" for name in ("pcie", "pcie_busy", "experts")

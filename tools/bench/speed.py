@@ -77,6 +77,7 @@ def calibration(closed: observed.Lasting, report: dict[str, Any]) -> dict[str, f
     cores, fast = core_rates(closed), report["ceiling"]["read_bandwidth"]
     if link := report["link"]:
         bandwidths |= link | {"gpu": fast}
+    if link or fast is None:
         fast = observed.ram_bandwidth(closed.cpu)
     share = min(1.0, cores.pop("all_bytes") / fast) if cores else Bandwidths.share
     return bandwidths | cores | {"ram": fast, "share": share}
@@ -159,8 +160,9 @@ def measure(
     runs = take_turns(ways, repetitions, warm_up=False, step=step)
     components = _components(runtime, ids(decode_tokens), depth)
     touched = observed.bytes_per_token(runtime.model, depth + decode_tokens // 2)
-    speed, bandwidth = median(runs["decode"]), median(runs["bandwidth"])
-    limit, stats = bandwidth / sum(touched.values()), runtime.stats()
+    # Vulkan's memory is not measured, so there is no ceiling.
+    speed, bandwidth = median(runs["decode"]), median(runs["bandwidth"]) or None
+    limit, stats = bandwidth and bandwidth / sum(touched.values()), runtime.stats()
     settings = {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens, "depth": depth}
     settings |= {"repetitions": repetitions, "kernels": stats["kernels"]}
     settings |= {"threads": runtime.threads, "device": stats["device"]["name"]}
@@ -175,7 +177,7 @@ def measure(
             "bytes_per_token": touched,
             "read_bandwidth": bandwidth,
             "decode_tokens_per_second": limit,
-            "decode_fraction": speed / limit,
+            "decode_fraction": limit and speed / limit,
         },
         "decode_milliseconds": components,
         "settings": settings,
