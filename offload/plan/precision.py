@@ -101,7 +101,6 @@ def expected(
     if " " in resident:
         groups = groups_of(config).items()
         others = sum(_part(group, names[0], resident, calibrated) for group, names in groups)
-        others **= _POWER
     return None if experts is None or others is None else experts + others
 
 
@@ -112,10 +111,10 @@ def _alone(choice: Json, calibrated: bool) -> float | None:
 
 
 Group = tuple[str, int]  # resident matrices of a kind in a third of the depth, which have one code
-# Of squared relative errors of codes, lut4's is 1, a text leaves a part.  They add up with what
-# groups were measured to lose, to this power, which fits what whole modes were measured to lose.
-_SQUARED = {"none": 0.0, "int8": 0.009, "int6": 0.075, "int5": 0.3, "lut4": 1.0, "lut3": 4.3}
-_LEFT, _POWER = 0.4, 0.74
+# Squared relative errors of codes, beside lut4's, with which groups were measured; a text leaves a
+# part.  Three bits are left out: attention by groups lost a multiple of that.
+_SQUARED = {"none": 0.0, "int8": 0.009, "int6": 0.075, "int5": 0.3, "lut4": 1.0}
+_LEFT = 0.4
 # What stands for a kind of the same role that was not measured.
 _LIKE = {"matrix": "self_attn.o_proj", "sensitive": "self_attn.kv_a_proj_with_mqa"}
 _LIKE |= {"absorbed": "self_attn.kv_b_proj", "embedding": "embed_tokens"}
@@ -136,7 +135,7 @@ def _part(group: Group, name: str, resident: str, calibrated: bool) -> float:
     thirds: list[float] = known[kind if kind in known else _LIKE[role]]
     stored = shapes.resident_quantization(role, resident, name)
     code, left = (stored.name, _LEFT) if isinstance(stored, Codec) else (stored, 1.0)
-    lost: float = thirds[min(third, len(thirds) - 1)] ** (1 / _POWER)
+    lost = thirds[min(third, len(thirds) - 1)]
     return lost * _SQUARED[code] * (left if calibrated else 1.0)
 
 
@@ -162,7 +161,7 @@ def _codes(config: Config, group: Group, calibrated: bool, triton: bool) -> list
     first, last = (shapes.kind_of(name)[0] for name in (names[0], names[-1]))
     allowed = ["int8"]
     if role in ("matrix", "sensitive"):
-        allowed += ["lut4", "lut3", *(["int6", "int5"] * (not triton))]
+        allowed += ["lut4", *(["int6", "int5"] * (not triton))]
         small = role == "sensitive" and "self_attn" in group[0]  # no decoder has an MLP in bf16
         allowed += ["none"] * small
     for code in allowed:
@@ -210,7 +209,7 @@ def _raised(groups: Sequence[Sequence[Fit]], fit: Fit, size: float, loss: float)
     ``size`` is left, or all with experts, which ``fit`` has alone, lose no more than ``loss``."""
     now = [codes[0] for codes in groups]
     nbytes, alone = fit[:2]
-    while (lost := alone + sum(code.loss for code in now) ** _POWER) > loss:
+    while (lost := alone + sum(code.loss for code in now)) > loss:
         steps = [
             ((old.loss - new.loss) / (new.nbytes - old.nbytes), at, new)
             for at, (codes, old) in enumerate(zip(groups, now, strict=True))

@@ -35,7 +35,7 @@ GPU_PRODUCTS_SHARE = 0.3  # of what its tensor cores give that prefill reaches: 
 HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, not measured
 # Kernels of a token in a layer by its attention: latents have one graph, of one more with q-LoRA;
 # the others are launched one by one from Python, and so is all of prefill.
-GPU_LAUNCHES = {"latent": 8, "indexed": 62, "compressed": 78, "grouped": 56}
+GPU_LAUNCHES = {"latent": 8, "indexed": 60, "compressed": 78, "grouped": 54}
 VULKAN_LAUNCHES, BARRIER_SECONDS = 9, 5e-6  # of a layer, one more with q-LoRA; from one to the next
 PREFILL_LAUNCHES = 40
 GPU_LAUNCH_SECONDS, PYTHON_LAUNCH_SECONDS = 1.5e-6, 8e-6  # each of them: assumed

@@ -37,7 +37,7 @@ def plain(config, calibrated):
 def test_more_bytes_never_lose_more_and_what_is_said_is_what_is_there(name, calibrated):
     config = geometry(name)
     smallest = min(size for size, *_ in plain(config, calibrated))
-    eighths = (8, 9, 11, 14, 19)
+    eighths = (9, 10, 11, 14, 19)
     fits = [fitted(config, smallest * n // 8, calibrated=calibrated) for n in eighths]
     for n, fit in zip(eighths, fits, strict=True):
         assert fit.nbytes == export_bytes(config, sizes_of(config, fit.resident, fit.codecs))
@@ -70,11 +70,11 @@ def test_for_a_gpu_its_kernels_have_every_code(name):
 BAD = [
     (
         "--fit 1GiB",
-        "the smallest take 4.3 GiB and lose about 0.063 nats a token; give --fit 4353MiB,",
+        "the smallest take 4.4 GiB and lose about 0.049 nats a token; give --fit 4477MiB,",
     ),
-    ("--fit 6GiB --bits 4", "the smallest take 7.8 GiB"),
+    ("--fit 6GiB --bits 4", "the smallest take 7.9 GiB"),
     ("--kl 1e-6", "lose about 0.00"),
-    ("--kl 0.001 --bits 3", "the best take 6.7 GiB and lose about 0.0074"),
+    ("--kl 0.001 --bits 3", "the best take 6.7 GiB and lose about 0.0073"),
     ("--fit 7GiB --kl 0.1", "three ways to choose bits: give one"),
     ("--fit 7GiB --resident int8", "three ways to choose bits: give one"),
     ("--fit much", "'much' is not a size"),

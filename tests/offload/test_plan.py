@@ -346,12 +346,12 @@ PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of
     ("glm-5", 22 << 10, GPU | {"host_budget": 64 * GIB}, {}, 3.7322, 0.28852),
     ("v2", 22 << 10, GPU, {"misses": "hybrid"}, 131.90, 8.1443),
     ("v2", 16 << 10, GPU | {"context": 8192}, {"misses": "cpu"}, 192.56, 4.2764),
-    ("v3.2", 22 << 10, GPU | {"context": 16384}, {"random_routing": True}, 37.459, 1.9003),
+    ("v3.2", 22 << 10, GPU | {"context": 16384}, {"random_routing": True}, 37.459, 1.9038),
     ("v4-flash", 24 << 10, GPU | {"host_budget": 96 * GIB}, {"misses": "cpu"}, 41.712, 3.6713),
     ("qwen3.6-35b-a3b", 12 << 10, {}, {}, 181.97, 10.769),
-    ("qwen3-next-80b-a3b", 16 << 10, GPU, {"misses": "hybrid"}, 702.75, 16.576),
-    ("kimi-linear-48b-a3b", 12 << 10, GPU | {"context": 8192}, {}, 2668.7, 31.010),
-    ("gpt-oss-20b", 8 << 10, GPU | {"context": 8192}, {}, 2920.0, 42.404),
+    ("qwen3-next-80b-a3b", 16 << 10, GPU, {"misses": "hybrid"}, 702.75, 16.790),
+    ("kimi-linear-48b-a3b", 12 << 10, GPU | {"context": 8192}, {}, 2668.7, 31.431),
+    ("gpt-oss-20b", 8 << 10, GPU | {"context": 8192}, {}, 2920.0, 43.106),
 ]
 
 
