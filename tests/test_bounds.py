@@ -14,29 +14,29 @@ PRODUCT = ("model", "quant", "offload", "tools", "slotmoe")
 SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
-    "model": 5_285,
-    "quant": 6_537,
-    "offload": 11_134,
-    "tools": 8_063,
+    "model": 5_300,
+    "quant": 6_587,
+    "offload": 11_300,
+    "tools": 8_132,
     "slotmoe": 2_243,
-    "product": 33_262,
-    "bench": 1_099,
-    "tests": 20_239,
+    "product": 33_562,
+    "bench": 1_096,
+    "tests": 20_539,
     "campaigns": 3_438,
     # its files
     "product files": 152,
     # lines of C++, headers and shaders
-    "C++ and GLSL": 9_090,
+    "C++ and GLSL": 9_345,
     # words of README.md and docs/
-    "words": 21_518,
+    "words": 21_530,
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample
     "files, warm": 15,
     "files, a quarter of the slots": 21,
 }
-# Calls of their functions, warm.  No lower edge: Python 3.13 counts no comprehension, 89.
-CALLS = 99
+# Calls of their functions, warm.  No lower edge: Python 3.13 counts no comprehension.
+CALLS = 87
 SLACK = 0.01  # a number may be so much below its bound
 OVER = "{} is {:,}, above its bound {:,}: raising one needs an issue that grants it by number"
 UNDER = "{} is {:,}, well below its bound {:,}: lower that"

@@ -376,14 +376,10 @@ def make_plan(
     the GPU's is that RAM, and experts stay where they are read to.  A plan that doesn't fit has a
     ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
-    record, on_cpu = sizes.record_bytes, tier == "ram"
+    record, on_cpu, vulkan = sizes.record_bytes, tier == "ram", kernels == "vulkan"
     marks = choose_marks(config, budget, sequences)
-    if slots is not None and slots < top_k:
-        reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
-        raise PlanError(f"{slots} expert slots are too few: {reason}")
     runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
-    table, vulkan = 4 * (everything + config.n_routed_experts), kernels == "vulkan"
-    table = shapes.LEVELS_BYTES + table * (not vulkan)  # there it is in the scratch
+    table = shapes.LEVELS_BYTES + (0 if vulkan else 4 * (everything + config.n_routed_experts))
     components = {
         **sizes.resident,
         "KV cache": sequences * kv_bytes(config, context, kernels, marks),
@@ -441,7 +437,10 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
 
     A layer's demand needs ``top_k`` buffers; up to three times as many more, within an eighth of
     the room, hold what is read ahead.  If everything fits, buffers take no memory of their own.
-    """
+    Raises ``PlanError`` for fewer slots than a token needs."""
+    if slots is not None and slots < top_k:
+        reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
+        raise PlanError(f"{slots} expert slots are too few: {reason}")
     wanted = everything if slots is None else min(slots, everything)
     if room >= everything and wanted == everything:
         return everything, 4 * top_k

@@ -27,20 +27,14 @@ from slotmoe.quant.kernels.cpu.bindings import (
     Kernels,
     Store,
     address,
+    compressed_rows,
     int64s,
     latent_rows,
     layer_rows,
 )
-from slotmoe.quant.kernels.cpu.weights import (
-    Absorbed,
-    BoundLayers,
-    BoundMlp,
-    GroupShape,
-    Matrix,
-    bind_router,
-)
+from slotmoe.quant.kernels.cpu.weights import Absorbed, BoundLayers, BoundMlp, Matrix, bind_router
 from slotmoe.quant.shapes import CONVOLVED, SWIGLU, Activation, latent_bytes
-from slotmoe.state import CompressedCache, Group, GroupedCache, LatentCache, SequenceState
+from slotmoe.state import CompressedCache, GroupedCache, LatentCache, SequenceState
 from slotmoe.system import Placement
 from slotmoe.tails import Tail
 
@@ -158,7 +152,9 @@ class NativeDecoder:
             starts_T = (torch.tensor(positions) // shape.ratio * shape.ratio).float()
             table_TC = self._native.rotations(starts_T, chunk.compressed_C, 1.0)
             parts = [c.index if shape.index else c.groups[shape.ratio] for c in caches]
-            groups += _group([part for part in parts if part is not None], positions, shape)
+            groups += compressed_rows(
+                [part for part in parts if part is not None], positions, shape
+            )
             groups.append(address(table_TC, c64, T, C))
             kept.append(table_TC)
         rows = self._last(self._rows, [cache.window for cache in caches], positions)
@@ -213,25 +209,6 @@ class NativeDecoder:
                 raise ValueError(f"the window begins at {window.first}, expected {wanted} rows")
         firsts = [window.first for window in windows]
         return store.bound([window.rows for window in windows], positions, firsts)
-
-
-def _group(
-    groups: Sequence[Group], positions: Sequence[int], shape: GroupShape
-) -> tuple[object, ...]:
-    """Compressed rows of tokens' sequences and their open tokens', float32 [layers, tokens, 2,
-    columns].  Raises `ValueError`."""
-    tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
-    begins = [tail.first for tail in tails]
-    for at, first in zip(positions, begins, strict=True):
-        count = ratio * windows if (at + 1) % ratio == 0 else 1
-        if max(0, at + 1 - count) < first:
-            raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
-    last = [max(0, (at + 1) // ratio - 1) for at in positions]
-    rows = Store(shape.layers, latent_bytes(shape.width, 0))
-    opened = Store(shape.layers, 8 * shape.width * windows)
-    flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
-    held = rows.bound([group.rows for group in groups], last)
-    return *held, *opened.bound(flat, positions, begins)
 
 
 class NativeBackend(TorchBackend):

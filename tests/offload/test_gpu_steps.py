@@ -15,6 +15,8 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.policy.passes import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends import pick_backend
@@ -24,13 +26,14 @@ from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import nf4_by_torch
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, int8_by_torch, map_tensors
 from slotmoe.quant.shapes import resident_quantization
-from tests.support import simulated
+from tests.support import simulated, streams
 from tests.support.engine import start, whole
 from tests.support.oracle import relative
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.streams import Recorded
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin, open_on
+from tests.support.v4 import write_case
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -226,3 +229,29 @@ def test_a_runtime_on_triton_kernels_says_what_the_others_say(sample_export):
             step = start(runtime)
             found.append(torch.cat([step([5, 900, 17]), step([4])]).cpu())
     assert relative(*found) < 2e-2 and torch.equal(*(logits_TV.argmax(-1) for logits_TV in found))
+
+
+LAUNCHED = {"v3.2-sparse": "indexed", "v4": "compressed", "glm4": "grouped"}
+
+
+@pytest.mark.usefixtures("nightly", "twin")
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_launches_of_a_layer_are_those_that_plan_counts(case, tmp_path, monkeypatch):
+    shape = {"o_lora_rank": 32} if case == "v4" else {}
+    write_case(tmp_path / "source", case, torch.bfloat16, max_position_embeddings=256, **shape)
+    quantize(tmp_path / "source", tmp_path / "export")
+    launched, put = [], streams.Gpu.put
+
+    def count(gpu, stream, item):
+        launched.append(item) if stream is gpu.default else None
+        put(gpu, stream, item)
+
+    with open_on(tmp_path / "export", Twin(1, triton=True), misses="fetch") as runtime:
+        runtime.warm()
+        step = start(runtime)
+        for id in range(5, 10):
+            step([id])
+        monkeypatch.setattr(streams.Gpu, "put", count)
+        step([10])
+    kernels = sum(not isinstance(item, streams.Mark) for item in launched)
+    assert round(kernels / runtime.config.num_hidden_layers) == GPU_LAUNCHES[LAUNCHED[case]]

@@ -7,13 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload import machine
-from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import HUB, geometry_path, gpu_named
 from slotmoe.offload.plan.memory import (
@@ -27,7 +25,6 @@ from slotmoe.offload.plan.memory import (
 )
 from slotmoe.offload.plan.speed import (
     CORE,
-    GPU_LAUNCHES,
     SETS,
     Bandwidths,
     Setting,
@@ -40,14 +37,11 @@ from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.shapes import MARKS
 from slotmoe.state import plain_row
 from slotmoe.system import cores
-from tests.support import streams
-from tests.support.engine import start
 from tests.support.hub import NAME, Repo
 from tests.support.meta import empty
 from tests.support.slab import NF4S
 from tests.support.tiny import SAMPLE, SMALL, write_checkpoint
-from tests.support.twin import Twin, open_on
-from tests.support.v4 import CONFIGS, state_bytes, write_case
+from tests.support.v4 import CONFIGS, state_bytes
 
 GIB = 1 << 30
 GPU = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
@@ -440,33 +434,6 @@ def test_ram_gives_no_more_than_it_has(misses):
     spent = sum(it for name, it in on.predict(8, 8).decode_seconds.items() if name[0] in "PC")
     absent = 59 * 6 * (1 - on.hits(plan.slots)) * plan.record_bytes
     assert absent / spent <= 0.95 * 70e9
-
-
-LAUNCHED = {"v3.2-sparse": "indexed", "v4": "compressed", "glm4": "grouped"}
-
-
-@pytest.mark.usefixtures("nightly", "interpreter", "twin")
-@pytest.mark.parametrize("case", LAUNCHED)
-def test_launches_of_a_layer_are_those_that_plan_counts(case, tmp_path, monkeypatch):
-    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
-    shape = {"o_lora_rank": 32} if case == "v4" else {}
-    write_case(tmp_path / "source", case, torch.bfloat16, max_position_embeddings=256, **shape)
-    quantize(tmp_path / "source", tmp_path / "export")
-    launched, put = [], streams.Gpu.put
-
-    def count(gpu, stream, item):
-        launched.append(item) if stream is gpu.default else None
-        put(gpu, stream, item)
-
-    with open_on(tmp_path / "export", Twin(1, triton=True), misses="fetch") as runtime:
-        runtime.warm()
-        step = start(runtime)
-        for id in range(5, 10):
-            step([id])
-        monkeypatch.setattr(streams.Gpu, "put", count)
-        step([10])
-    kernels = sum(not isinstance(item, streams.Mark) for item in launched)
-    assert round(kernels / runtime.config.num_hidden_layers) == GPU_LAUNCHES[LAUNCHED[case]]
 
 
 def test_bandwidths_are_kept_for_later_plans(planned, tmp_path):

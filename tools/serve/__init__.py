@@ -132,8 +132,7 @@ def _serve(
         runtime.warm(wait=False)
         if folder is not None:
             runtime.keep_in(folder, limit, options.say)
-        if not {*names} - {"*"}:
-            names = (_name(model), *names)
+        names = names if {*names} - {"*"} else (_name(model), *names)
         sampling = {name: given[name] for name in options.OWN}
         edge = keys, hosts, parse_size(given["max_body"]), not given["no_log"], origins, sampling
         server, service = make_server(runtime, names, sequences, queue, *edge)
@@ -163,10 +162,9 @@ def _serve(
         return client.wait() if client.wait() >= 0 else 128 - client.wait()
     if stopping.number:
         leave(stopping.number)  # all is closed, and Python's own end takes longer
-    if problem is None:
-        return 0
-    options.say(f"the model failed, so the server ended: {problem!r:.400}")
-    return 1
+    if problem is not None:
+        options.say(f"the model failed, so the server ended: {problem!r:.400}")
+    return int(problem is not None)
 
 
 def _end_behind(client: "subprocess.Popen[bytes]", server: "uvicorn.Server") -> None:

@@ -38,9 +38,9 @@ from slotmoe.quant.kernels.cpu.signatures import (
     check,
     tensor_spec,
 )
-from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
+from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, GroupShape, Matrix, Structure
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
-from slotmoe.state import Empty
+from slotmoe.state import Empty, Group
 from slotmoe.system import cores
 
 ABI = 21
@@ -273,3 +273,22 @@ def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | Non
 
 def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
+
+
+def compressed_rows(
+    groups: Sequence[Group], positions: Sequence[int], shape: GroupShape
+) -> tuple[object, ...]:
+    """Compressed rows of tokens' sequences and their open tokens', float32 [layers, tokens, 2,
+    columns].  Raises `ValueError`."""
+    tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
+    begins = [tail.first for tail in tails]
+    for at, first in zip(positions, begins, strict=True):
+        count = ratio * windows if (at + 1) % ratio == 0 else 1
+        if max(0, at + 1 - count) < first:
+            raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
+    last = [max(0, (at + 1) // ratio - 1) for at in positions]
+    rows = Store(shape.layers, latent_bytes(shape.width, 0))
+    opened = Store(shape.layers, 8 * shape.width * windows)
+    flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
+    held = rows.bound([group.rows for group in groups], last)
+    return *held, *opened.bound(flat, positions, begins)
