@@ -117,7 +117,7 @@ def test_stopped_it_resumes_to_the_same_bytes(source, exports, tmp_path, request
 def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_path):
     """Also after it was stopped."""
     hub.add(NAME, Repo(source))
-    options = MIXED | {"ready": lambda folder: windows()}
+    options = MIXED | {"ready": lambda folder: {"calibration": windows()}}
     with pytest.raises(Stop):
         make(tmp_path / "export", progress=stop_at(0.6), **options)
     make(tmp_path / "export", **options)
