@@ -21,7 +21,7 @@ BOUNDS = {
     "slotmoe": 2_243,
     "product": 33_562,
     "bench": 1_096,
-    "tests": 20_540,
+    "tests": 20_537,
     "campaigns": 3_438,
     # its files
     "product files": 152,
@@ -36,7 +36,7 @@ WAY = {
     "files, a quarter of the slots": 21,
 }
 # Calls of their functions, warm.  No lower edge: Python 3.13 counts no comprehension.
-CALLS = 87
+CALLS = 95
 SLACK = 0.01  # a number may be so much below its bound
 OVER = "{} is {:,}, above its bound {:,}: raising one needs an issue that grants it by number"
 UNDER = "{} is {:,}, well below its bound {:,}: lower that"
