@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
-from slotmoe.quant.codecs.codec import INT5, INT6, LUT3, LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.codec import INT5, INT6, LUT4, NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
@@ -20,7 +20,7 @@ _CODED = {  # by mode and role
     **{"int6": {"matrix": INT6}, "int5": {"matrix": INT5}, "mixed": {"matrix": LUT4}},
     "nf4": {"matrix": NF4, "sensitive": NF4},
 }
-FITTED = {codec.name: codec for codec in (INT6, INT5, LUT4, LUT3)}
+FITTED = {codec.name: codec for codec in (INT6, INT5, LUT4)}
 # A mode, or int8 and behind it what has another code: ``KIND@FIRST-LAST=CODE``, see ``kind_of``.
 _CODES = f"(none|int8|{'|'.join(FITTED)})"
 FITTED_MODE = rf"^({'|'.join(RESIDENT_MODES)}|int8( [\w.]{{1,80}}@\d{{1,5}}-\d{{1,5}}={_CODES})+)$"

@@ -31,7 +31,7 @@ ERRORS = {"nf4": 0.1, "lut4": 0.08, "lut3": 0.17, "lut2": 0.35, "int5": 0.05}
 RESIDENT_OF = {("nf4", "4"): "nf4", ("lut", "2.5"): "int6", ("lut", "2"): "int5"}
 RESIDENT_OF["lut", "4.5"] = (
     "int8 self_attn.o_proj@0-1=int6 self_attn.kv_a_proj_with_mqa@0-2=none "
-    "mlp.shared_experts@2-2=lut3 lm_head@0-0=lut4"
+    "mlp.shared_experts@2-2=lut4 lm_head@0-0=int5"
 )
 ROLES = {"down_proj": "down"}
 by_choice = pytest.mark.parametrize("choice", EXPERT_CODECS, ids="-".join)

@@ -52,7 +52,7 @@ def same_rows(one, other):
 
 
 RUNS = [(name, "int8") for name in CASES if name != "v4"]
-FITTED = "int8 self_attn.o_proj@0-1=int5 self_attn.q_b_proj@1-9=int6 mlp.shared_experts@2-9=lut3"
+FITTED = "int8 self_attn.o_proj@0-1=int5 self_attn.q_b_proj@1-9=int6 mlp.shared_experts@2-9=lut4"
 RUNS += [
     ("v3.2", "mixed"),
     ("v4, other layers", "mixed"),
