@@ -386,7 +386,7 @@ Memory* Device::allocate(Place kind, int64_t bytes, void* host) {
 }
 
 bool Device::settled() {
-    if (lost_ && !hung_) vk().DeviceWaitIdle(device_);
+    if ((lost_ || unsure_) && !hung_) vk().DeviceWaitIdle(device_);
     return !hung_;
 }
 
@@ -595,21 +595,21 @@ void Device::transfer(bool to_device, uint64_t address, char* host, int64_t piec
 bool Device::wait(uint64_t value, int64_t nanoseconds) {
     const Queue& queue = queues_[value & 1];
     const uint64_t wanted = value >> 1;
-    {
-        std::lock_guard lock(mutex_);
-        check_alive();
-        if (wanted > queue.last) fail(kBadArgument, "what is waited for was not submitted");
-    }
+    std::unique_lock lock(mutex_);
+    check_alive();
+    if (wanted > queue.last) fail(kBadArgument, "what is waited for was not submitted");
+    lock.unlock();
     VkSemaphoreWaitInfo info{VK_STRUCTURE_TYPE_SEMAPHORE_WAIT_INFO};
     info.semaphoreCount = 1;
     info.pSemaphores = &queue.timeline;
     info.pValues = &wanted;
     const VkResult result = vk().WaitSemaphores(device_, &info, static_cast<uint64_t>(nanoseconds));
+    lock.lock();
     if (result == VK_TIMEOUT && nanoseconds) {
-        std::lock_guard lock(mutex_);
         lost_ = hung_ = true;
         fail(kTimedOut, "the device has not answered for " + std::to_string(nanoseconds / 1000000) + " ms");
     }
+    unsure_ |= result < 0;
     check(result, "waiting for the device");
     return result != VK_TIMEOUT;
 }

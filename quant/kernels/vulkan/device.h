@@ -152,7 +152,7 @@ private:
     std::map<std::pair<const uint32_t*, Constants>, VkPipeline> pipelines_;
     std::vector<Pending> copying_;
     int64_t ours_ = 0;
-    bool lost_ = false, hung_ = false;
+    bool lost_ = false, hung_ = false, unsure_ = false;  // unsure: what a failed wait was for may still go on
     std::recursive_mutex mutex_;
     std::mutex staging_mutex_;
     Memory* staging_ = nullptr;
