@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Mixing, Timer
+from slotmoe.border import NO_TIMER, Chunk, Mixing, Timer
 from slotmoe.model import names
 from slotmoe.model.attention_config import Rope
 from slotmoe.model.config import Config
@@ -131,7 +131,7 @@ class Network:
         backend.bind(self.embed_tokens, self.norm, self.lm_head)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
-        self.timer: Timer | None = None
+        self.timer: Timer = NO_TIMER
 
     def forward(self, ids_T: Tensor, states: States, counts: Sequence[int] = ()) -> Tensor:
         """Append ``ids``, int64 [T], to the sequences of ``states``: ``counts`` of them to each, in
@@ -153,8 +153,7 @@ class Network:
         pairs = [*zip(states, counts, strict=True)]
         for state, count in pairs:
             state.begin(count)
-        if self.timer is not None:
-            self.timer.mark("rest")
+        self.timer.mark("rest")
         runner: Runner | LayerByLayer = self._layer_by_layer
         T, size = h_TD.shape[0], self._chunk_tokens
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
@@ -196,8 +195,7 @@ class Network:
             h_TD = self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
         how = self.norm, self.config.rms_norm_eps, self.lm_head
         logits_TV = self.backend.normed_linear(h_TD, *how)
-        if self.timer is not None:
-            self.timer.mark("head")
+        self.timer.mark("head")
         return logits_TV
 
     def head_each(self, h_TD: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class NativeDecoder:
             *(y_TX.data_ptr(), norms.data_ptr(), weights_TK.data_ptr(), indices.data_ptr()),
             ctypes.byref(reached),
         )
-        if chunk.timer is not None:
+        if chunk.timer is not border.NO_TIMER:
             ends = accumulate(spent, initial=began)
             for stage, now in zip(("cache and prefetch", *STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)

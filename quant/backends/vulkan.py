@@ -196,8 +196,7 @@ class VulkanBackend(TorchBackend):
         chunk.h_TD.copy_(self._hidden_TD[:T])
         if ends:
             self._ended_TD = chunk.h_TD
-        if chunk.timer is not None:
-            chunk.timer.mark("captured layers")
+        chunk.timer.mark("captured layers")
         chunk.layer = len(self._layers)
         experts.passed(0, torch.from_numpy(views.indices[:, :T]), None)
 

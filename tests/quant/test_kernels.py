@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import Chunk, Mlp, Router
+from slotmoe.border import NO_TIMER, Chunk, Mlp, Router
 from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Records, new
 from slotmoe.quant.backends.native import NativeBackend
@@ -163,7 +163,8 @@ def test_a_decoder_refuses():
     decoder = network.backend.decoder(network._geometry, network.layers)
 
     def run(layer=0, h=h, rope=rope, caches=states, scale=None, x=None, routed=None, **changed):
-        chunk = Chunk(h, rope, scale, caches, (0, 0), (1, 1), None, None, layer, x, routed)
+        more = NO_TIMER, None, layer, x, routed
+        chunk = Chunk(h, rope, scale, caches, (0, 0), (1, 1), *more)
         shown = SimpleNamespace(slot_table=lambda: table._replace(**changed))
         shown.passed = lambda *given: None
         return decoder.run_layers(chunk, shown)
