@@ -5,7 +5,7 @@ Shapes: T tokens of this pass, D hidden_size, G groups, E routed experts, K expe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -23,6 +23,11 @@ from slotmoe.quant.backends.base import Prepared, RoutedExperts, TorchBackend
 T = TypeVar("T")
 # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
+# By a router's ``scoring``, what makes scores of logits.
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    **{"softmax": lambda x_TE: x_TE.softmax(dim=-1), "sigmoid": torch.sigmoid},
+    "sqrtsoftplus": lambda x_TE: F.softplus(x_TE).sqrt(),
+}
 
 
 def as_tensor(weight: object) -> Tensor:
@@ -101,19 +106,13 @@ def router_of(config: Config) -> Router:
     return Router(*sizes, factor, normalized, family.group_best, family.scoring)
 
 
-def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
-    if scoring == "sqrtsoftplus":
-        return F.softplus(logits_TE).sqrt()
-    return logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(dim=-1)
-
-
 def route(
     logits_TE: Tensor, router: Router, bias_E: Tensor | None = None, chosen_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Weights float32 [T, K] and expert indices int64 [T, K], best first, from the gate's logits,
     float32 [T, E].  ``bias``, float32 [E], is added to what is compared, never to a weight.
     ``chosen``, int64 [T, K], are the indices where the token's id says them."""
-    scores_TE = _scores(logits_TE, router.scoring)
+    scores_TE = _SCORES[router.scoring](logits_TE)
     indices_TK = _best(scores_TE, router, bias_E) if chosen_TK is None else chosen_TK
     weights_TK = scores_TE.gather(1, indices_TK)
     if router.normalized:

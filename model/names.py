@@ -277,15 +277,10 @@ def _sizes(c: Config, layer: int) -> dict[str, int]:
     sizes["b"], sizes["y"] = sizes["E"] * c.family.logit_bias, int(moe and c.family.shared_gate)
     if (of := c.delta) is not None and c.has_delta(layer):
         values, width = of.num_value_heads * of.value_head_dim, of.latent or D
-        sizes |= {
-            "P": 0,
-            "Q": 0,
-            "1": of.columns - of.num_value_heads - of.decays,
-            "2": values,
-            "3": of.num_value_heads,
-        }
-        sizes |= {"4": CONVOLVED, "5": of.value_head_dim, "6": width, "7": of.decays}
-        return sizes | {"8": of.latent, "L": 0}
+        convolved = of.columns - of.num_value_heads - of.decays
+        sizes |= {"1": convolved, "2": values, "3": of.num_value_heads, "4": CONVOLVED}
+        sizes |= {"5": of.value_head_dim, "6": width, "7": of.decays, "8": of.latent}
+        return sizes | dict.fromkeys("PQL", 0)
     return sizes | _SIZES_OF[c.family.attention](c, layer)
 
 

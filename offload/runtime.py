@@ -125,9 +125,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         if self._engine is None:
             return "<Runtime: closed>"
         model = self._engine.model
-        return (
-            f"<Runtime: {model.source.folder.name} on {model.device.name}, context {self.context}>"
-        )
+        name = f"{model.source.folder.name} on {model.device.name}"
+        return f"<Runtime: {name}, context {self.context}>"
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError("a Runtime can't be pickled or copied; open the model in each process")
@@ -223,9 +222,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         given = {"max_new_tokens": max_new_tokens, "chat": chat, "stop": stop, "tools": tools}
         check_types(given, TextOptions.__annotations__)
         if max_new_tokens is not None and max_new_tokens < 1:
-            raise ConfigError(
-                f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)"
-            )
+            expected = "expected at least 1 (option -n)"
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}, {expected}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ConfigError(f"stop is {stop!r:.60}, expected texts that are not empty")

@@ -73,11 +73,8 @@ def record_bytes(
     return matrices + biases * 4 * (2 * moe_intermediate_size + hidden_size)
 
 
-def padded_record_bytes(
-    hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs, biases: bool = False
-) -> int:
-    """Bytes of one expert's record in the export."""
-    size = record_bytes(hidden_size, moe_intermediate_size, codecs, biases)
+def padded(size: int) -> int:
+    """Bytes of an expert's record in the export, or of another read that is ``ALIGNMENT``'s."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -388,11 +388,7 @@ def _reckoning(report: Json) -> list[str]:
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: "
         f"peak {', '.join(peak)}.",
         f"The prompt waits for {prompt}; one token for {token}.",
-        *(
-            ["Estimated as docs/gpu.md shows; no GPU has measured it."]
-            if report["estimated"]
-            else []
-        ),
+        *["Estimated as docs/gpu.md shows; no GPU has measured it."] * report["estimated"],
         f"Bandwidths: {', '.join(rates)}.",
         f"A core of {settings['threads']}{more}, in a second: {', '.join(core)} ({of}).",
         f"Taken for granted: {', '.join(constants)}.",

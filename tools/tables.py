@@ -50,15 +50,12 @@ class Console(rich.console.Console):
 
 
 def table(
-    columns: Sequence[str],
-    rows: Iterable[Row],
-    title: str | None = None,
-    left: Container[int] = (0,),
+    columns: Sequence[str], rows: Iterable[Row], title: str = "", left: Container[int] = (0,)
 ) -> Table:
     """A plain table; the columns whose indices are in ``left`` are flush left, the others right.
     On too narrow a terminal, lists."""
-    width, rows = None if title is None else len(title), [*rows]
-    plain = Table(title=title, title_justify="left", box=box.SIMPLE, min_width=width)
+    rows, plain = [*rows], Table(title=title or None, title_justify="left", box=box.SIMPLE)
+    plain.min_width = len(title) or None
     plain.pad_edge, plain.collapse_padding, plain.show_edge = False, True, False
     for number, column in enumerate(columns):
         plain.add_column(column, justify="left" if number in left else "right", no_wrap=True)
@@ -69,7 +66,7 @@ def table(
     if Measurement.get(console, wide, plain).maximum <= console.width:
         return plain
     lists = Table.grid(padding=(0, 2))
-    lists.title, lists.title_justify = title, "left"
+    lists.title, lists.title_justify = plain.title, "left"
     for row in rows:
         for column, cell in zip(columns, row, strict=True):
             lists.add_row(column.replace("\n", " "), cell)

@@ -150,8 +150,7 @@ def _in_order(rows: places.Rows, start: int, stop: int, order: list[int], part: 
         return rows(start, stop)[:, order]
     if part == "conv1d":
         return rows(0, len(order))[order].t()[start:stop].contiguous()
-    first, last = min(order[start:stop]), max(order[start:stop])
-    picked = rows(first, last + 1)[[row - first for row in order[start:stop]]]
+    picked = places.picked(rows, start, stop, order)
     return (-picked).log() if part == "A_log" else picked
 
 

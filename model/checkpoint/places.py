@@ -188,16 +188,11 @@ class Joined(TensorInfo):
         return torch.cat(pieces)
 
 
-def _picking(ranges: list[range]) -> Make:
-    """Gives the rows of these ``ranges``."""
-    picked_R = torch.tensor([*chain(*ranges)])
-
-    def pick(rows: Rows, start: int, stop: int) -> Tensor:
-        wanted_R = picked_R[start:stop]
-        first, last = int(wanted_R.min()), int(wanted_R.max())
-        return rows(first, last + 1)[wanted_R - first]
-
-    return pick
+def picked(rows: Rows, start: int, stop: int, order: list[int]) -> Tensor:
+    """Rows ``start`` to ``stop`` of those that ``order`` names."""
+    wanted = order[start:stop]
+    first, last = min(wanted), max(wanted)
+    return rows(first, last + 1)[[row - first for row in wanted]]
 
 
 def _transposed(rows: Rows, start: int, stop: int, count: int) -> Tensor:
@@ -234,7 +229,7 @@ def source_of(name: str, shape: Shape, config: Config) -> Source:
     """Of the weight ``name``, as its publishers store it."""
     if (joined := stored_rows(name, config)) is not None:
         stored, count, ranges = joined
-        return stored, (count, *shape[1:]), _picking(ranges)
+        return stored, (count, *shape[1:]), partial(picked, order=[*chain(*ranges)])
     if name.endswith("linear_attn.conv1d.weight"):
         return name, (shape[1], 1, shape[0]), partial(_transposed, count=shape[1])
     is_less = config.family.norms_less_one and role_of(name) == "norm"

@@ -5,11 +5,11 @@ import hashlib
 import os
 import random
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, SlotmoeError
@@ -169,15 +169,11 @@ def explained(repo: str, revision: str, problem: Exception) -> Exception:
 
 
 def asked(
-    ask: Callable[[], T],
-    repo: str,
-    revision: str,
-    file: str = "",
-    stop: threading.Event | None = None,
+    ask: Callable[[], T], repo: str, revision: str, file: str = "", stop: Event | None = None
 ) -> T:
     """What ``ask`` returns, for a ``file`` after at most ``ATTEMPTS`` failures in a row.  Raises
     what ``explained`` gives, and ``Stopped`` once ``stop`` is set."""
-    stop, attempts = stop or threading.Event(), ATTEMPTS if file else min(ATTEMPTS, 3)
+    stop, attempts = stop or Event(), ATTEMPTS if file else min(ATTEMPTS, 3)
     for failures in count(1):
         try:
             return ask()

@@ -182,8 +182,8 @@ def sizes_of(config: Config, resident: str, codecs: ExpertCodecs) -> Sizes:
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
     sizes = config.hidden_size, config.moe_intermediate_size
-    record = shapes.padded_record_bytes(*sizes, codecs, config.family.expert_biases)
-    return Sizes(dict(components), touched, record)
+    record = shapes.record_bytes(*sizes, codecs, config.family.expert_biases)
+    return Sizes(dict(components), touched, shapes.padded(record))
 
 
 def export_bytes(config: Config, sizes: Sizes) -> int:

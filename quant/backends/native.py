@@ -255,11 +255,10 @@ class NativeBackend(TorchBackend):
         return weight.q[rows].float() * weight.scale[rows, None]
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
-        matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
-        return self._native.linear(matrix, x_TK.contiguous())
+        return self._native.linear(Matrix.of(weight), x_TK.contiguous())
 
     def normed_linear(self, x_TK: Tensor, norm_K: Tensor, eps: float, weight: Prepared) -> Tensor:
-        matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
+        matrix = Matrix.of(weight)
         (N, K), T, f32, x_TK = matrix.shape, len(x_TK), torch.float32, x_TK.contiguous()
         y_TN, inputs = torch.empty(T, N), (address(x_TK, f32, T, K), address(norm_K, f32, K))
         self._native.call("linear", matrix.address, *inputs, eps, T, 1, y_TN.data_ptr())

@@ -18,17 +18,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import (
-    Geometry,
-    HyperGeometry,
-    Layer,
-    ListedRows,
-    Mixed,
-    Mixing,
-    Mla,
-    Mlp,
-    Router,
-)
+from slotmoe.border import Geometry, HyperGeometry, Layer, ListedRows, Mixed, Mixing, Mla, Mlp
 from slotmoe.quant.backends import triton_few
 from slotmoe.quant.backends.attention import first_best
 from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend
@@ -243,10 +233,7 @@ class TritonBackend(TorchBackend):
 
     # Routed experts.
 
-    def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return triton_few.route(logits_TE, router, bias_E, chosen_TK)
+    route = staticmethod(triton_few.route)
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor

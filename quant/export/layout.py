@@ -19,7 +19,7 @@ from slotmoe.border import Biases
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.codec import Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
-from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes
+from slotmoe.quant.shapes import ALIGNMENT, padded, record_bytes
 
 FORMAT_VERSION = 2
 EXPERTS = "experts"  # the folder of the experts' files
@@ -69,16 +69,9 @@ class RecordLayout:
     """Where the parts of an expert's record are, for hidden size H and width I; with ``biases``
     each projection has one, float32."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        moe_intermediate_size: int,
-        codecs: ExpertCodecs,
-        biases: bool = False,
-    ):
-        self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
-        self.codecs = codecs
-        into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
+    def __init__(self, hidden_size: int, width: int, codecs: ExpertCodecs, biases: bool = False):
+        self.hidden_size, self.moe_intermediate_size, self.codecs = hidden_size, width, codecs
+        into, back = (width, hidden_size), (hidden_size, width)
         self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
         weights = {
             name: resident_parts(f"{name}.weight", shape, codecs.of(name), torch.uint8)
@@ -91,7 +84,7 @@ class RecordLayout:
             f"{name}.bias": shape[:1] for name, shape in self.shapes.items() if biases
         }
         parts |= {name: Part(torch.float32, shape) for name, shape in self.bias_shapes.items()}
-        self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size, codecs, biases)
+        self.record_bytes = padded(record_bytes(hidden_size, width, codecs, biases))
         if pad := self.record_bytes - sum(part.nbytes for part in parts.values()):
             parts["pad"] = Part(torch.uint8, (pad,))
         self.parts = _in_a_row(parts)

@@ -18,7 +18,7 @@ from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, poss
 from slotmoe.quant.export import layout
 from slotmoe.quant.export import manifest as manifests
 from slotmoe.quant.export.manifest import regular_file
-from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.quant.shapes import ALIGNMENT, padded
 from slotmoe.state import Empty
 
 
@@ -233,7 +233,7 @@ class Export(AbstractContextManager["Export"]):
         part, entry = self._parts[name], self.manifest["files"][layout.RESIDENT]
         start = entry["header_bytes"] + part.offset
         before = start % ALIGNMENT  # direct reads begin and end at multiples of 4096, tensors don't
-        raw = empty((-(-(before + part.nbytes) // ALIGNMENT) * ALIGNMENT,), torch.uint8)
+        raw = empty((padded(before + part.nbytes),), torch.uint8)
         self._own.read(
             layout.RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes
         )

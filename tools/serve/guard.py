@@ -191,7 +191,7 @@ class Guard:
             if is_named or not _is_health(scope):  # as load balancers ask
                 self._check_names(headers)
         except RefusedError as problem:
-            await self._refuse(problem, scope, receive, send)
+            await self._refuse(problem, False, scope, receive, send)
         else:
             await self._named(scope, receive, send)
 
@@ -216,7 +216,7 @@ class Guard:
                     check(body)
         except RefusedError as problem:
             self._hold(held, 0)
-            await self._refuse(problem, scope, receive, send, is_read=body is not None)
+            await self._refuse(problem, body is not None, scope, receive, send)
         else:
             receive = receive if body is None else _replay(body, receive)
             body = None  # the request has it now
@@ -311,13 +311,9 @@ class Guard:
             asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
     async def _refuse(
-        self,
-        problem: RefusedError,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        is_read: bool = False,
+        self, problem: RefusedError, is_read: bool, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        """``is_read``: nothing of the body is left."""
         if not is_read and problem.status not in (408, 413, 499, 503):
             with contextlib.suppress(asyncio.TimeoutError, RefusedError):
                 await asyncio.wait_for(self._read(receive, -1, [0]), DISCARD_SECONDS)
