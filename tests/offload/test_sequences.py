@@ -100,13 +100,15 @@ def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh):
         stop()
         assert torch.equal(decode(runtime, more, []), fresh(more))
     # A state that a pass has begun to write is no place to go on from.
-    decode(runtime, ids, [5])
-    layers = set()
-    stop = runtime.model.experts.on_layer(lambda route: layers.add(route.moe_layer))
-    with failing(runtime, fail), pytest.raises(MemoryError):
-        decode(runtime, [*ids, 5, *other[:30]], [])
-    stop()
-    assert torch.equal(decode(runtime, [*ids, 9], []), fresh([*ids, 9]))
+    for begun, text, most in ((ids[:9], other, 0), (ids, [*ids, 9], len(ids))):
+        decode(runtime, begun, [5])
+        layers = set()
+        stop = runtime.model.experts.on_layer(lambda route: layers.add(route.moe_layer))  # noqa: B023
+        with failing(runtime, fail), pytest.raises(MemoryError):
+            decode(runtime, [*begun, 5, *other[:30]], [])
+        stop()
+        logits, count = counted(runtime, lambda: decode(runtime, text, []))  # noqa: B023
+        assert 0 <= count <= most and torch.equal(logits, fresh(text))
     decode(runtime, more, [])
     # From a mark that a long pass has made or a decoder, or anywhere if none is needed; with a
     # delta rule they are rarer, and where a text has ended.
