@@ -368,16 +368,22 @@ def test_they_become_json_some_at_a_time(count):
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_signal_ends_a_server_whose_thread_hangs(sample_export):
+@pytest.mark.parametrize(
+    ("where", "last"), [("offload.engine.passes.Passes.run", 0.1), ("tools.serve.guard.check", 600)]
+)
+def test_a_signal_ends_a_server_whose_thread_hangs(sample_export, where, last):
+    """The engine's thread, and one that nobody waits for any more."""
     hanging = f"""
 import sys, threading
+from unittest.mock import patch
 import slotmoe.tools.serve as serve
-from slotmoe.tools.serve.service import Service
-serve._GRACE_SECONDS = serve._LAST_SECONDS = 0.1
-Service.encode = lambda *_: print("came", file=sys.stderr) or threading.Event().wait()
+serve._GRACE_SECONDS, serve._LAST_SECONDS = 0.1, {last}
+hang = lambda *_: print("came", file=sys.stderr) or threading.Event().wait()
+patch("slotmoe.{where}", hang).start()
 {COMMAND_LINE}"""
-    child, port = start(sample_export, program=hanging)
-    with child, connect(port, request(json.dumps({**GREEDY, "prompt": "x"}).encode())):
+    child, port = start(sample_export, "--no-log", program=hanging)
+    body = json.dumps({**GREEDY, "prompt": "x"}).encode() + b" " * 70_000
+    with child, connect(port, request(body)):
         assert child.stderr.readline() == "came\n"
         child.terminate()
         assert child.wait() == 143

@@ -1,5 +1,6 @@
 """``slotmoe serve``: a model behind OpenAI's, Anthropic's and Ollama's APIs, and a page to chat."""
 
+import asyncio
 import gc
 import ipaddress
 import json
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -240,6 +242,8 @@ def make_server(
             """``command`` has taken them."""
             with bounded():
                 yield
+            # Nobody waits for what threads still compute, so the loop's end must not either.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
 
     def ended() -> None:
         settings.timeout_graceful_shutdown = _FAILED_SECONDS
