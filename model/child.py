@@ -75,6 +75,8 @@ class Child:
         assert process is not None and process.stdin is not None
         # For a machine that stands still, or a stopped child.
         limit = system.deadline(process, self._seconds, 60 * self._seconds)
+        limit.daemon = True
+        limit.start()
         try:
             process.stdin.write(len(data).to_bytes(_SIZE, "little") + data)
             process.stdin.flush()

@@ -20,19 +20,30 @@ Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compr
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slotmoe.quant.shapes import MARKS, Marks
+from slotmoe.quant.shapes import Marks
 from slotmoe.tails import Deltas, Tail
+from slotmoe.tails import Empty as Empty
 
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Memory of a shape and dtype."""
 NewRows = Callable[[int, int, int, int], Tensor]
 """Memory [L, S, X] of so many layers and rows, of a backend's rows of latent and rope values."""
 Store = Callable[[Tensor, int, Tensor], None]
 """``store_latents`` of the backend."""
+
+
+class Room(NamedTuple):
+    """Of a sequence: ``context`` tokens, in ``new`` rows and memory that is ``empty``; which
+    ``marks`` it has, and what delta rules keep."""
+
+    context: int
+    new: NewRows
+    empty: Empty
+    marks: Marks
+    deltas: Deltas | None
 
 
 @dataclass
@@ -68,12 +79,9 @@ class Group(Rows):
     and ``gate_proj`` gave.  With ``overlaps`` a row is of the ``ratio`` tokens before, too."""
 
     def __init__(self, rows: Tensor, opened: Tensor, width: int, ratio: int, overlaps: bool):
-        def needed(length: int) -> int:
-            return length - max(0, (length // ratio - overlaps) * ratio)
-
         super().__init__(rows, (width, 0), ratio)
         self.overlaps = overlaps
-        self.open = Tail(opened, needed)
+        self.open = Tail(opened, lambda length: length - max(0, length // ratio - overlaps) * ratio)
 
 
 class SequenceState:
@@ -85,16 +93,9 @@ class SequenceState:
     not get there leaves the state as it was.  The last 16 tokens can be cut off, any without tails.
     """
 
-    def __init__(
-        self,
-        context: int,
-        kept: Sequence[Rows],
-        tails: Sequence[Tail] = (),
-        marks: Marks = MARKS,
-        deltas: Deltas | None = None,
-    ):
-        self.context, self.length, self.deltas = context, 0, deltas
-        self._kept, self._places = kept, marks
+    def __init__(self, room: Room, kept: Sequence[Rows], tails: Sequence[Tail] = ()):
+        self.context, _, _, self._places, self.deltas = room
+        self.length, self._kept, deltas = 0, kept, room.deltas
         self._tails = [*tails, *([deltas.inputs, deltas.states] if deltas else [])]
         self._written = 0  # positions that some pass has reached
         self._ends = list[int]()  # where texts have ended last
@@ -240,16 +241,8 @@ class LatentCache(SequenceState):
     ``widths``.  ``indexed`` says of each layer whether it has ``keys`` of so many values.
     """
 
-    def __init__(
-        self,
-        context: int,
-        widths: tuple[int, int],
-        indexed: Sequence[bool],
-        keys: int,
-        new: NewRows,
-        marks: Marks = MARKS,
-        deltas: Deltas | None = None,
-    ):
+    def __init__(self, room: Room, widths: tuple[int, int], indexed: Sequence[bool], keys: int):
+        context, new, _, _, deltas = room
         self._rules = deltas.of if deltas else [0] * len(indexed)  # before each layer
         count = len(indexed) - (len(deltas.inputs.rows) if deltas else 0)
         self.layers = new(count, context, *widths)
@@ -258,7 +251,7 @@ class LatentCache(SequenceState):
             self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
             self.index_keys = new(sum(indexed), context, keys, 0)
             kept.append(Rows(self.index_keys, (keys, 0)))
-        super().__init__(context, kept, (), marks, deltas)
+        super().__init__(room, kept)
 
     def extend(self, layer: int, count: int) -> Tensor:
         """The layer's rows with ``count`` more, which the caller writes: [length + count, X]."""
@@ -273,38 +266,30 @@ class CompressedCache(SequenceState):
     """``window``, and a ``Group`` for each kind of compressed rows: ``groups`` by ratio, and
     ``index``, the keys of the layers with an indexer.  ``row_of`` is a layer's row in its group.
 
-    ``ratios`` and ``indexed`` are of each layer; a row has ``width`` values, a key ``keys``."""
+    ``layers`` has of each its ratio, and whether it has an indexer; ``widths`` are the values of a
+    row and of a key."""
 
     def __init__(
-        self,
-        context: int,
-        window: int,
-        width: int,
-        ratios: Sequence[int],
-        indexed: Sequence[bool],
-        keys: int,
-        new: NewRows,
-        empty: Empty,
+        self, room: Room, window: int, widths: tuple[int, int], layers: Sequence[tuple[int, bool]]
     ):
-        most = window - 1
+        (width, keys), most, ratios = widths, window - 1, [ratio for ratio, _ in layers]
 
         def group(ratio: int, width: int, overlaps: bool) -> Group:
-            layers, spans = ratios.count(ratio), 1 + overlaps
-            rows = new(layers, max(1, context // ratio), width, 0)
-            shape = layers, Tail.room(spans * ratio - 1), 2, spans * width
-            return Group(rows, empty(shape, torch.float32), width, ratio, overlaps)
+            count, spans = ratios.count(ratio), 1 + overlaps
+            rows = room.new(count, max(1, room.context // ratio), width, 0)
+            shape = count, Tail.room(spans * ratio - 1), 2, spans * width
+            return Group(rows, room.empty(shape, torch.float32), width, ratio, overlaps)
 
-        rows = new(len(ratios), Tail.room(most), width, 0)
+        rows = room.new(len(ratios), Tail.room(most), width, 0)
         self.window = Tail(rows, lambda length: min(length, most), (width, 0))
         self.row_of = [ratios[:layer].count(ratio) for layer, ratio in enumerate(ratios)]
         self.groups, self.index = dict[int, Group](), None
-        for ratio in sorted({*ratios} - {0}):
-            overlaps = indexed[ratios.index(ratio)]
+        for ratio, overlaps in sorted({*layers} - {(0, False)}):
             self.groups[ratio] = group(ratio, width, overlaps)
             if overlaps:
                 self.index = group(ratio, keys, True)
         groups = [*self.groups.values(), *([self.index] if self.index else [])]
-        super().__init__(context, groups, [self.window, *(group.open for group in groups)])
+        super().__init__(room, groups, [self.window, *(group.open for group in groups)])
 
 
 class GroupedCache(SequenceState):
@@ -313,16 +298,7 @@ class GroupedCache(SequenceState):
     each other there: 0 for all, whose rows stay in ``rows``; others are in ``window``; layers of -1
     keep nothing here, but in ``deltas``."""
 
-    def __init__(
-        self,
-        context: int,
-        groups: int,
-        width: int,
-        windows: Sequence[int],
-        new: NewRows,
-        marks: Marks = MARKS,
-        deltas: Deltas | None = None,
-    ):
+    def __init__(self, room: Room, groups: int, width: int, windows: Sequence[int]):
         self._windows, self._groups = windows, groups
         self._row_of = [
             groups * sum(other >= 0 and (other > 0) == (own > 0) for other in windows[:layer])
@@ -331,13 +307,13 @@ class GroupedCache(SequenceState):
         kept, tails = list[Rows](), list[Tail]()
         full, most = windows.count(0), max(windows) - 1
         if full:
-            kept = [Rows(new(groups * full, context, width, width), (width, width))]
+            kept = [Rows(room.new(groups * full, room.context, width, width), (width, width))]
         if count := sum(window > 0 for window in windows):
-            rows = new(groups * count, Tail.room(most), width, width)
+            rows = room.new(groups * count, Tail.room(most), width, width)
             tails = [Tail(rows, lambda length: min(length, most), (width, width))]
         self.window = tails[0] if tails else None
-        self.rows = kept[0].rows if kept else new(1, 1, width, width)[:0]
-        super().__init__(context, kept, tails, marks, deltas)
+        self.rows = kept[0].rows if kept else room.new(1, 1, width, width)[:0]
+        super().__init__(room, kept, tails)
 
     def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:
         """The rows of the layer's groups, [G, S, X], up to those of some tokens of the pass from

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from slotmoe.quant.shapes import CONVOLVED, SPARE
 
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Memory of a shape and dtype."""
+
 
 class Tail:
     """The last rows of the sequence in some layers: [L, ``room(most)``, ...], of which a sequence
@@ -133,7 +136,8 @@ class Folded(Tail):
 
     The tokens behind the state that is read, of which ``inputs`` has rows, are folded again.  A
     pass leaves its last one out, so that a prompt can be cut there, and drafts are taken back
-    without a copy: the next pass folds what was accepted.
+    without a copy: the next pass folds what was accepted.  Of a method without a word ``Tail`` says
+    what it does.
     """
 
     def __init__(self, rows: Tensor, inputs: Tail):
@@ -147,7 +151,6 @@ class Folded(Tail):
         return self.exact[self.read]
 
     def begin(self, length: int, count: int, marked: range) -> None:
-        """See ``Tail``."""
         self.read = self.exact.index(self._from(length))
         if self.at == 0:
             self.rows[:, self.read].zero_()
@@ -174,29 +177,24 @@ class Folded(Tail):
             before, at = after, stop
 
     def done(self) -> None:
-        """See ``Tail``."""
         self.exact[1 - self.read] = self.folds
         for at in self._marked:
             if at == self.folds:
                 self.mark(at)
 
     def has(self, length: int) -> bool:
-        """See ``Tail``."""
         return length in self.exact
 
     def last(self, length: int) -> Tensor:
-        """See ``Tail``."""
         if length in self.marks:
             return self.marks[length]
         return self.rows[:, self.exact.index(length)][:, None] if length else self.rows[:, :0]
 
     def cut(self, length: int) -> None:
-        """See ``Tail``."""
         if self._from(length) < 0:
             self.load(length, self.last(length))
 
     def load(self, length: int, last: Tensor) -> None:
-        """See ``Tail``."""
         self.rows[:, : self.needed(length)] = last
         self.exact = [length, -1]
 
@@ -204,14 +202,10 @@ class Folded(Tail):
 class Deltas:
     """What layers with a delta rule keep, those of -1 in ``windows``, each as its number in ``of``
     says: ``states`` [L, 2, H, K, V], float32, and ``inputs``, the ``columns`` that it made of the
-    last tokens, float32.  ``empty`` gives memory of a shape and dtype."""
+    last tokens, float32."""
 
     def __init__(
-        self,
-        windows: Sequence[int],
-        heads: tuple[int, int, int],
-        columns: int,
-        empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
+        self, windows: Sequence[int], heads: tuple[int, int, int], columns: int, empty: Empty
     ):
         layers, most = windows.count(-1), CONVOLVED - 1
         rows = empty((layers, Tail.room(most), columns), torch.float32)

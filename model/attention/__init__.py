@@ -51,13 +51,13 @@ def new_state(
     if (d := c.delta) is not None:
         heads = d.num_value_heads, d.key_head_dim, d.value_head_dim
         deltas = Deltas(windows, heads, d.columns, empty)
+    room = state.Room(context, rows, empty, marks, deltas)
     if (g := c.grouped) is not None:
-        return state.GroupedCache(context, g.groups, g.head_dim, windows, rows, marks, deltas)
+        return state.GroupedCache(room, g.groups, g.head_dim, windows)
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
     keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:
         widths = c.kv_lora_rank, c.qk_rope_head_dim
-        return state.LatentCache(context, widths, indexed, keys, rows, marks, deltas)
-    v4 = c.compressed
-    sizes = v4.sliding_window, v4.head_dim, v4.ratios
-    return state.CompressedCache(context, *sizes, indexed, keys, rows, empty)
+        return state.LatentCache(room, widths, indexed, keys)
+    v4, layers = c.compressed, [*zip(c.compressed.ratios, indexed, strict=True)]
+    return state.CompressedCache(room, v4.sliding_window, (v4.head_dim, keys), layers)

@@ -6,7 +6,7 @@ since the last mark.  It costs a fraction of a microsecond, a few hundred times 
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
@@ -169,7 +169,7 @@ class Sample:
     components: dict[str, dict[str, int]]
 
 
-class MemorySampler:
+class MemorySampler(AbstractContextManager["MemorySampler"]):
     """A thread that samples memory every ``interval`` seconds, as a context manager.
 
     Until it watches a model it sees only how the process grows, by the resident weights.  What no
@@ -187,9 +187,6 @@ class MemorySampler:
         self._thread = threading.Thread(target=self._run, name="slotmoe-memory", daemon=True)
         self._take()
         self._thread.start()
-
-    def __enter__(self) -> "MemorySampler":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._stopping.set()

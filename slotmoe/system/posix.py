@@ -214,12 +214,9 @@ def bound(seconds: float, memory: int | None) -> None:
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:
-    """A timer, started, that kills the process after so many seconds; ``cpu_seconds``, which it may
-    have of CPU time, are for ``bound`` to limit."""
-    timer = Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
-    return timer
+    """A timer that kills the process after so many seconds; ``cpu_seconds``, which it may have of
+    CPU time, are for ``bound`` to limit."""
+    return Timer(seconds, process.kill)
 
 
 def apart() -> dict[str, Any]:

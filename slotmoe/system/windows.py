@@ -337,11 +337,8 @@ def _used(pid: int) -> float:
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:
-    """A timer, started, that kills the process after so many seconds or so much CPU time."""
-    timer = _Deadline(seconds, process.kill, (process.pid, _used(process.pid) + cpu_seconds))
-    timer.daemon = True
-    timer.start()
-    return timer
+    """A timer that kills the process after so many seconds or so much CPU time."""
+    return _Deadline(seconds, process.kill, (process.pid, _used(process.pid) + cpu_seconds))
 
 
 def apart() -> dict[str, Any]:
