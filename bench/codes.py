@@ -26,7 +26,7 @@ from slotmoe.offload.evaluate import Evaluation, read_texts, windows_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.precision import measured, takes_text
+from slotmoe.offload.plan.precision import measured
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
@@ -50,8 +50,10 @@ def _rows(calibrated: bool) -> list[dict[str, Any]]:
     """What is measured."""
     rows: list[dict[str, Any]] = [{"codec": codec, "bits": bits} for codec, bits in EXPERT_CODECS]
     rows += [{"resident": mode} for mode in RESIDENT_MODES if mode != "bf16"]
-    with_text = [{**row, "calibrated": True} for row in rows if calibrated and takes_text(row)]
-    return [{**row, "calibrated": False} for row in rows] + with_text
+    fitted = [row for row in rows if calibrated and not {"nf4", "int8"} & {*row.values()}]
+    return [row | {"calibrated": False} for row in rows] + [
+        r | {"calibrated": True} for r in fitted
+    ]
 
 
 def _setting(row: dict[str, Any]) -> dict[str, Any]:

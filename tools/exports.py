@@ -18,7 +18,6 @@ from slotmoe.offload import model_cache
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import library, locate, timestamp
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.signals import Stopping, leave
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
@@ -238,8 +237,7 @@ def synth_command(geometry: str, destination: Path | None, as_json: bool, **give
 
     started, source = time.perf_counter(), geometry_path(geometry)
     given["codecs"] = options.expert_codecs(given)
-    given |= options.precision(given, config := read_config(source), quiet=as_json)
-    given["codecs"] = given["codecs"] or default_codecs(config)
+    given |= options.precision(given, read_config(source), quiet=as_json)
     shown: Path | str | None = destination
     if destination is None:
         shown = f"{Path(geometry.removesuffix('/config.json')).name}-random"

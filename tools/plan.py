@@ -97,13 +97,13 @@ def command(
         raise PlanError(f"{problem}: {less}")
     given |= {"codecs": options.expert_codecs(given), "for_gpu": target.vram is not None}
     how = options.precision(given, planned.config, quiet=as_json)
-    resident, why = planned.precision(how["resident"])
+    resident, why, codecs = planned.coded(**how)
     scenario = advice.Scenario(
         planned,
         target,
         resident,
-        codecs=advice.choose_codecs(planned, how["codecs"]),
-        context=context,
+        codecs,
+        context,
         slots=given["slots"],
         misses=given["misses"],
         drafts=given["draft"] == "mtp" or target.vram is None,
@@ -309,8 +309,7 @@ def _choices(report: Json, verbose: bool) -> Table:
             speed = choice["decode_tokens_per_second"]
             share = min(1, max(choice["slots"], choice["host_slots"]) / report["experts"])
             gains = (f"{share:.0%}", figure(speed, 2)) if speed else ("-", "-")
-            losses = (choice["kl_divergence"], choice["kl_divergence_calibrated"])
-            shown = ("" if loss is None else f"{loss:.4f}" for loss in losses)
+            shown = (f"{choice[key]:.4f}" for key in ("kl_divergence", "kl_divergence_calibrated"))
             names = choice["codec"], choice["bits"], brief(choice["resident"])
             rows.append([*names, format_size(choice["export"]), *gains, *shown])
     return table(_CHOICES, rows, left=range(3))

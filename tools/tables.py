@@ -16,9 +16,7 @@ from rich.text import Text
 
 from slotmoe.errors import informs, visible
 from slotmoe.model.config import Config
-from slotmoe.model.names import role_of
-from slotmoe.offload.plan.precision import Fit, groups_of
-from slotmoe.quant.shapes import resident_quantization
+from slotmoe.offload.plan.precision import Fit, code_of, groups_of
 from slotmoe.sizes import format_size
 from slotmoe.tools.screen import commanded, guard_streams
 
@@ -78,9 +76,8 @@ def fit_table(config: Config, fit: Fit) -> Table:
     """What ``fit`` gives each kind of tensor, by thirds of the depth."""
     kinds = {"routed experts": [" and ".join(dict.fromkeys(fit.codecs.names().values()))] * 3}
     for (kind, third), (name, *_) in groups_of(config).items():
-        stored = resident_quantization(role_of(name), fit.resident, name)
-        code = stored if isinstance(stored, str) else stored.name
-        kinds.setdefault(kind, [""] * 3)[third] = code.replace("none", "bf16")
+        code = code_of(name, fit.resident).replace("none", "bf16")
+        kinds.setdefault(kind, [""] * 3)[third] = code
     title = f"{format_size(fit.nbytes)}, expected to lose {fit.loss:.2g} nats a token"
     rows = [(kind, *codes) for kind, codes in kinds.items()]
     return table(("tensors", "early", "middle", "late layers"), rows, title, range(4))

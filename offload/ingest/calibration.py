@@ -216,9 +216,8 @@ class Calibration:
         names = [name for name in resident_shapes(self._config) if split_name(name)[0] == layer]
         weights = {name: self._tensor(name) for name in names}
         # An MLP's up projection sees what its gate projection sees.
-        tapped = {id(weights[name]): name for name in names if name in self._wanted}
-        names_of = {key: name for key, name in tapped.items() if "up_proj" not in name}
-        tap = _Tap(names_of, self._config.activation)
+        tapped = (name for name in names if name in self._wanted and "up_proj" not in name)
+        tap = _Tap({id(weights[name]): name for name in tapped}, self._config.activation)
         config = self._config.alone(layer)
         own = layer_of(weights, layer, self._config.window(layer))
         runner = LayerByLayer(geometry_of(config), [own], tap)

@@ -85,27 +85,15 @@ def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
     return wanted if all(map(checkpoint.in_4_bits, experts)) else DEFAULT_CODECS
 
 
-def learns(kind: str | Codec) -> bool:
-    """Whether a way to store weights has levels that are learned."""
-    return isinstance(kind, Codec) and kind.learned
-
-
-def takes_text(kind: str | Codec) -> bool:
-    """Whether it has codes that are calibrated."""
-    return isinstance(kind, Codec) and kind.fitted
-
-
-def level_samples(
-    checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]
-) -> dict[Codec, list[str]]:
-    """The tensors that levels are learned from, by codec; ``kinds`` says how each is stored.  They
+def level_samples(checkpoint: Checkpoint, coded: Mapping[str, Codec]) -> dict[Codec, list[str]]:
+    """The tensors that levels are learned from, by codec; ``coded`` says how each is stored.  They
     are in the first weight file in order of name that holds any: while a model is downloaded no
     other may be there.  The head that predicts one token more is not among them: it changes no
     other byte."""
     infos, last = checkpoint.infos, checkpoint.config.num_hidden_layers
     named: dict[Codec, list[str]] = {}
-    for name, kind in kinds.items():
-        if isinstance(kind, Codec) and learns(kind) and split_name(name)[0] != last:
+    for name, kind in coded.items():
+        if kind.learned and split_name(name)[0] != last:
             named.setdefault(kind, []).append(name)
     file = min((infos[name].file for names in named.values() for name in names), default="")
     found = {kind: [n for n in names if infos[n].file == file] for kind, names in named.items()}

@@ -28,14 +28,7 @@ from slotmoe.model.checkpoint.reader import Checkpoint, Seen, open_checkpoint, w
 from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
-from slotmoe.offload.ingest.encoder import (
-    Coder,
-    codecs_for,
-    learn_levels,
-    learns,
-    level_samples,
-    takes_text,
-)
+from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, level_samples
 from slotmoe.offload.ingest.hub import Portion, Shards
 from slotmoe.offload.ingest.manifest import Contents, quantization_report, write_files
 from slotmoe.offload.ingest.output_dir import (
@@ -144,11 +137,14 @@ class _Job:
     def __post_init__(self, calibration: Windows | None) -> None:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
         self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
-        self._kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
-        kinds = {kind for kind in self._kinds.values() if isinstance(kind, Codec)}
-        self._learned = {kind.name: 1 << kind.bits for kind in kinds if learns(kind)}  # of levels
+        kinds = ((name, tensor.kind) for name, tensor in self._contents.tensors.items())
+        self._coded = {name: kind for name, kind in kinds if isinstance(kind, Codec)}
+        learned = {name: codec for name, codec in self._coded.items() if codec.learned}
+        self._learned = {*learned}
+        self._levels = {codec.name: 1 << codec.bits for codec in learned.values()}  # numbers of
+        self._fitted = {name for name, codec in self._coded.items() if codec.fitted}
         self._text: Windows | None = None
-        if calibration is not None and any(map(takes_text, kinds)):
+        if calibration is not None and self._fitted:
             self._text = chosen(calibration, self.checkpoint.config.vocab_size)
         elif calibration is not None:
             self.notify("no codes here have fitted scales, so the calibration text changes nothing")
@@ -185,13 +181,13 @@ class _Job:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *COPIED])
         state = self._state
-        sums = {name: state.written[name][1] for name in self._kinds}
+        sums = {name: state.written[name][1] for name in self._contents.tensors}
         made: Json = {"report": quantization_report(self._contents, sums)}
         if self._text is not None:
             made["calibration"] = fingerprint(self._text)
             made["calibration_threads"] = state.threads
         output_dir.refuse_others(self.where, self.partial, state.stamps, self.stamps())
-        weights = weights_read(state.written[name][2] for name in self._kinds)
+        weights = weights_read(state.written[name][2] for name in self._contents.tensors)
         source = state.identity["source"] | {"stamps": state.stamps, "weights": weights}
         if self.shards is not None:
             source["commit"] = self.shards.snapshot.commit
@@ -208,7 +204,7 @@ class _Job:
         damaged = damaged_files(destination, manifest, checking)
         quantization = manifest["quantization"]
         for name, item in quantization["codecs"].items():
-            if name in self._learned:
+            if name in self._levels:
                 self._state.levels[name] = item["levels"]
         self._state.threads = quantization.get("calibration_threads", 0)
         wanted = quantization.get("calibration")
@@ -260,9 +256,8 @@ class _Job:
             return
         state.identity, state.levels = ours.identity, ours.levels or state.levels
         good = {name: len(it) for name, it in state.levels.items() if it == sorted(set(it))}
-        if good != self._learned:  # what was coded with them is not known either
-            exact = [name for name, kind in self._kinds.items() if not learns(kind)]
-            written = {name: state.written[name] for name in exact if name in state.written}
+        if good != self._levels:  # what was coded with them is not known either
+            written = {name: it for name, it in state.written.items() if name not in self._learned}
             state.levels, state.written = {}, written
         self._state, self._coder.levels = state, state.levels
 
@@ -349,11 +344,10 @@ class _Job:
         """The text's way through the layers that have tensors among ``names``."""
         if self._text is None:
             return None
-        coded = {name for name, kind in self._kinds.items() if takes_text(kind)}
         layers = {text_layer(name, self.checkpoint.config) for name in names}
         wanted = [layer for layer in layers if layer is not None]
         noting = self.partial, self._state, self._advance
-        return Calibration(self.checkpoint, self._text, coded, wanted, *noting)
+        return Calibration(self.checkpoint, self._text, self._fitted, wanted, *noting)
 
     def _portions(self, names: list[str], calibration: Calibration | None) -> list[Portion]:
         """The work on the tensors ``names``: at once, or by weight files where these come one after
@@ -374,9 +368,9 @@ class _Job:
             portions = [Portion({*files}, by_files[files]) for files in sorted(by_files)]
         else:
             portions = [Portion(set(), names)]
-        learned = {name for name in names if learns(self._kinds[name])}
+        learned = self._learned & {*names}
         if learned and not self._state.levels:
-            samples = level_samples(self.checkpoint, self._kinds)
+            samples = level_samples(self.checkpoint, self._coded)
             first = next(at for at, it in enumerate(portions) if not learned.isdisjoint(it.names))
             files = files_of(name for names in samples.values() for name in names)
             portions.insert(first, Portion(files, [], partial(self._learn_levels, samples)))

@@ -19,6 +19,7 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import Progress
 from slotmoe.offload.model_cache import SAMPLE
+from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.offload.plan.precision import precision_of
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
@@ -34,7 +35,7 @@ def synthesize(
     config_path: Path,
     destination: Path,
     resident: str,
-    codecs: ExpertCodecs,
+    codecs: ExpertCodecs | None,
     share_layers: int | None,
     overwrite: bool,
     progress: Progress,
@@ -52,6 +53,7 @@ def synthesize(
         name: torch.int32 if role_of(name) == TABLE else torch.bfloat16
         for name in resident_shapes(config)
     }
+    codecs = codecs or default_codecs(config)
     contents = Contents(config, precision_of(config, resident), codecs, dtypes)
     distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
     partial = output_dir.beside(destination, "partial")
@@ -183,7 +185,7 @@ class _Random:
         if SCALES[codec.scales].dtype == "F8_E8M0":
             sizes = real.float().view(-1, 1, TILE) * size
             return sizes.repeat(1, scales[1], 2).to(torch.float8_e8m0fnu)
-        most = 7 if codec.scales == "i4" else 127
+        most = SCALES[codec.scales].most
         of_rows = (real.float() * (size / most)).view(torch.uint8).view(scales[0], -1, scales[2])
         blocks = self._signed((scales[0], 2 * (scales[1] - of_rows.shape[1]), TILE), most)
         of_blocks = (blocks * real.view(-1, 1, TILE)).to(torch.int8).view(torch.uint8)

@@ -21,7 +21,7 @@ from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory, precision
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, Plan, Sizes, sizes_of
-from slotmoe.offload.plan.precision import BY_TORCH, expected, gpu_kernels, int8_bytes, precision_of
+from slotmoe.offload.plan.precision import expected, gpu_kernels, int8_bytes, precision_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.sizes import format_size
@@ -113,18 +113,25 @@ class Model:
     random_weights: bool = False
     kept: bool = True
 
-    def precision(self, wanted: str) -> tuple[str, str]:
-        """``precision_of`` for ``--resident wanted``, and why; of an export it is settled.  Raises
-        ``ConfigError`` or ``PlanError``."""
-        if self.resident is not None and wanted in ("auto", self.resident):
-            return self.resident, "as in the export"
-        if self.resident is not None:
-            problem = f"its resident weights are {precision.brief(self.resident)}"
-            way_out = f"quantize again for --resident {precision.brief(wanted)}"
+    def coded(self, resident: str, codecs: ExpertCodecs | None) -> tuple[str, str, ExpertCodecs]:
+        """``precision_of`` for ``--resident``, and why, and how experts are coded, as ``codecs`` if
+        given; of an export both are settled.  Raises ``ConfigError`` or ``PlanError``."""
+        mode, why = self.resident, "as in the export"
+        if mode is None:
+            mode = precision_of(self.config, resident)
+            size, most = format_size(int8_bytes(self.config)), format_size(precision.MOST_INT8)
+            why = f"int8 would take {size}, and is the default up to {most}"
+            why = why if resident == "auto" else "as asked"
+        elif resident not in ("auto", mode):
+            problem = f"its resident weights are {precision.brief(mode)}"
+            way_out = f"quantize again for --resident {precision.brief(resident)}"
             raise PlanError(f"{self.name}: {problem}; {way_out}")
-        size, most = format_size(int8_bytes(self.config)), format_size(precision.MOST_INT8)
-        why = f"int8 would take {size}, and is the default up to {most}"
-        return precision_of(self.config, wanted), why if wanted == "auto" else "as asked"
+        stored = self.codecs or codecs or memory.default_codecs(self.config)
+        if codecs is not None and codecs.names() != stored.names():  # levels are the model's own
+            names = " and ".join(dict.fromkeys(stored.names().values()))
+            advice = "quantize again for another --codec or --bits"
+            raise PlanError(f"{self.name}: its experts are {names}; {advice}")
+        return mode, why, stored
 
     def with_mtp(self) -> "Model":
         """The same with the head that predicts one token more.  Raises ``ConfigError``."""
@@ -176,16 +183,6 @@ class Machine:
     vulkan: bool = False
 
 
-def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
-    """How experts are coded.  Raises ``PlanError``."""
-    codecs = model.codecs or wanted or memory.default_codecs(model.config)
-    if wanted is not None and wanted.names() != codecs.names():  # levels are the model's own
-        names = " and ".join(dict.fromkeys(codecs.names().values()))
-        advice = "quantize again for another --codec or --bits"
-        raise PlanError(f"{model.name}: its experts are {names}; {advice}")
-    return codecs
-
-
 @dataclass(frozen=True)
 class Scenario:
     """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
@@ -210,8 +207,7 @@ class Scenario:
     def plan(self) -> Plan:
         """Raises ``PlanError`` for slots that can't serve one token."""
         machine, gpu = self.machine, self.machine.vram is not None
-        kernels = gpu_kernels(self.resident, self.codecs) if gpu else "native"
-        kernels, on_cuda = ("vulkan", False) if machine.vulkan else (kernels, gpu)
+        on_cuda = self.kernels in ("triton", "torch")
         return memory.make_plan(
             self.model.config,
             self.sizes,
@@ -221,14 +217,16 @@ class Scenario:
             runtime_bytes=memory.CUDA_IMPORT_BYTES if on_cuda else memory.IMPORT_BYTES,
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
-            kernels=kernels,
+            kernels=self.kernels,
             drafts=self.drafts,
             unified=not machine.bandwidths.pcie,
         )
 
-    def _by_torch(self) -> list[str]:
-        gpu = self.machine.vram is not None and not self.machine.vulkan
-        return [BY_TORCH] if gpu and gpu_kernels(self.resident, self.codecs) == "torch" else []
+    @property
+    def kernels(self) -> str:
+        """What multiplies."""
+        on_gpu = "vulkan" if self.machine.vulkan else gpu_kernels(self.resident, self.codecs)
+        return "native" if self.machine.vram is None else on_gpu
 
     @property
     def fits(self) -> bool:
@@ -283,6 +281,7 @@ class Scenario:
         components = by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
         gpu, rates = machine.vram is not None, machine.bandwidths
         tiers = ("ram", "disk", "gpu", "pcie", "experts") if gpu else ("ram", "disk")
+        slower = "Triton's kernels lack these codes: torch's multiply on CUDA, slower than said"
 
         def known(name: str, unit: str) -> Json:
             rate = rates.beside_gpu() if name == "experts" else getattr(rates, name)
@@ -290,7 +289,7 @@ class Scenario:
 
         report: Json = {
             "model": self.model.name,
-            "notes": [*config.notes, *machine.notes, *self._by_torch()],
+            "notes": [*config.notes, *machine.notes, *[slower] * (self.kernels == "torch")],
             "fits": self.fits and self.disk()["fits"],
             "components": components,
             "total": by_tier(components),
@@ -344,7 +343,7 @@ class Scenario:
         experts = precision.expert_choices(config).items()
         for ((codec, bits), codecs), mode in product(experts, resident):
             other, speed = replace(self, codecs=codecs, resident=mode), None
-            if other._by_torch() and other != self:
+            if other.kernels == "torch" and other != self:
                 continue
             if other.fits:
                 speed = other._setting().predict(prompt_tokens, new_tokens).decode_tokens_per_second

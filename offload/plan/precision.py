@@ -3,8 +3,9 @@ which of them lose least within a size."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -72,11 +73,6 @@ def check_vulkan(config: Config) -> None:
         raise ConfigError(f"{problem}; use --device cpu")
 
 
-BY_TORCH = (
-    "Triton's kernels lack these codes: torch's operations multiply on CUDA, slower than said"
-)
-
-
 @cache
 def measured() -> Json:
     """What codes cost on the bundled sample: KL divergence in nats a token, as ``python -m bench
@@ -86,28 +82,21 @@ def measured() -> Json:
     return found
 
 
-def takes_text(choice: Json) -> bool:
-    """Whether ``--calibrate`` makes other codes of a ``codec`` or for ``resident`` weights."""
-    return choice.get("codec") == "lut" or choice.get("resident") in ("int6", "int5", "mixed")
-
-
-def expected(
-    config: Config, codec: str, bits: str, resident: str, calibrated: bool
-) -> float | None:
-    """Of experts and resident weights together: the sum of what each does alone.  None where a
-    part of it was not measured; codes that are kept, and bf16, cost nothing."""
-    experts = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
-    others = 0.0 if resident == "bf16" else _alone({"resident": resident}, calibrated)
+def expected(config: Config, codec: str, bits: str, resident: str, calibrated: bool) -> float:
+    """Of experts and resident weights together: the sum of what each does alone.  Codes that are
+    kept, and bf16, cost nothing."""
+    lost = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
     if " " in resident:
         groups = groups_of(config).items()
-        others = sum(_part(group, names[0], resident, calibrated) for group, names in groups)
-    return None if experts is None or others is None else experts + others
+        return lost + sum(_part(group, names[0], resident, calibrated) for group, names in groups)
+    return lost if resident == "bf16" else lost + _alone({"resident": resident}, calibrated)
 
 
-def _alone(choice: Json, calibrated: bool) -> float | None:
-    wanted = choice | {"calibrated": calibrated and takes_text(choice)}
-    found = (row for row in measured()["rows"] if wanted.items() <= row.items())
-    return next((row["kl_divergence"] for row in found), None)
+def _alone(choice: Json, calibrated: bool) -> float:
+    """What was measured of a choice, with a text where that makes other codes."""
+    found = (row for row in measured()["rows"] if choice.items() <= row.items())
+    losses: dict[bool, float] = {row["calibrated"]: row["kl_divergence"] for row in found}
+    return losses.get(calibrated, losses[False])
 
 
 Group = tuple[str, int]  # resident matrices of a kind in a third of the depth, which have one code
@@ -118,6 +107,12 @@ _LEFT = 0.4
 # What stands for a kind of the same role that was not measured.
 _LIKE = {"matrix": "self_attn.o_proj", "sensitive": "self_attn.kv_a_proj_with_mqa"}
 _LIKE |= {"absorbed": "self_attn.kv_b_proj", "embedding": "embed_tokens"}
+
+
+def code_of(name: str, resident: str) -> str:
+    """How a resident weight is stored, in a word of ``_SQUARED``."""
+    stored = shapes.resident_quantization(role_of(name), resident, name)
+    return stored.name if isinstance(stored, Codec) else stored
 
 
 def groups_of(config: Config) -> dict[Group, list[str]]:
@@ -131,12 +126,10 @@ def groups_of(config: Config) -> dict[Group, list[str]]:
 
 def _part(group: Group, name: str, resident: str, calibrated: bool) -> float:
     """What a group that has ``name`` adds to what resident weights are expected to lose."""
-    known, (kind, third), role = measured()["groups"], group, role_of(name)
-    thirds: list[float] = known[kind if kind in known else _LIKE[role]]
-    stored = shapes.resident_quantization(role, resident, name)
-    code, left = (stored.name, _LEFT) if isinstance(stored, Codec) else (stored, 1.0)
-    lost = thirds[min(third, len(thirds) - 1)]
-    return lost * _SQUARED[code] * (left if calibrated else 1.0)
+    known, (kind, third), code = measured()["groups"], group, code_of(name, resident)
+    thirds: list[float] = known[kind if kind in known else _LIKE[role_of(name)]]
+    left = _LEFT if calibrated and code not in ("none", "int8") else 1.0
+    return thirds[min(third, len(thirds) - 1)] * _SQUARED[code] * left
 
 
 def expert_choices(config: Config) -> dict[tuple[str, str], ExpertCodecs]:
@@ -154,24 +147,6 @@ class Fit(NamedTuple):
     codecs: ExpertCodecs
 
 
-def _codes(config: Config, group: Group, calibrated: bool, triton: bool) -> list[Fit]:
-    """What a group may have, the smallest first: ``loss`` is its part of one, as ``resident``."""
-    names, all_shapes = groups_of(config)[group], resident_shapes(config)
-    codes, role = list[Fit](), role_of(names[0])
-    first, last = (shapes.kind_of(name)[0] for name in (names[0], names[-1]))
-    allowed = ["int8"]
-    if role in ("matrix", "sensitive"):
-        allowed += ["lut4", *(["int6", "int5"] * (not triton))]
-        small = role == "sensitive" and "self_attn" in group[0]  # no decoder has an MLP in bf16
-        allowed += ["none"] * small
-    for code in allowed:
-        rule = "" if code == "int8" else f" {group[0]}@{first}-{last}={code}"
-        lost = _part(group, names[0], "int8" + rule, calibrated)
-        sizes = (shapes.resident_bytes(role, all_shapes[n], "int8" + rule, n) for n in names)
-        codes.append(Fit(sum(sizes), lost, rule, DEFAULT_CODECS))
-    return sorted(codes)
-
-
 def fitted(
     config: Config,
     size: float = inf,
@@ -183,41 +158,60 @@ def fitted(
     """The codes that lose least in ``size`` bytes, or lose at most ``loss`` nats a token in the
     fewest: of experts ``codecs`` or any, of resident matrices each group its own; with ``triton``
     those that its kernels have.  Raises ``ConfigError`` where none is as asked."""
-    groups = [_codes(config, group, calibrated, triton) for group in groups_of(config)]
-    smallest, found = "int8" + "".join(codes[0].resident for codes in groups), list[Fit]()
+    groups = [_codes(config, *group, calibrated, triton) for group in groups_of(config).items()]
+    # From the smallest codes on always the step that gains most for its bytes.
+    steps = sorted(
+        ((old[1] - new[1]) / (new[0] - old[0]), at, old, new)
+        for at, codes in enumerate(groups)
+        for old, new in pairwise(codes)
+    )
+    found = list[Fit]()
     for (codec, bits), experts in expert_choices(config).items():
-        lost = expected(config, codec, bits, "bf16", calibrated)
-        lacks = triton and gpu_kernels("int8", experts) == "torch"
-        if lost is not None and not lacks and codecs in (None, experts):
-            nbytes = export_bytes(config, sizes_of(config, smallest, experts))
-            found.append(_raised(groups, Fit(nbytes, lost, smallest, experts), size, loss))
+        alone, now = expected(config, codec, bits, "bf16", calibrated), [it[0] for it in groups]
+        lost = alone + sum(code[1] for code in now)
+        nbytes = export_bytes(config, sizes_of(config, _mode(now), experts))
+        if codecs not in (None, experts) or (triton and gpu_kernels("int8", experts) == "torch"):
+            continue
+        for _, at, old, new in reversed(steps):
+            added = new[0] - old[0]
+            if lost > loss and now[at] == old and nbytes + added <= size:
+                nbytes, now[at] = nbytes + added, new
+                lost = alone + sum(code[1] for code in now)
+        found.append(Fit(nbytes, lost, _mode(now), experts))
     by_size = size < inf
     good = [fit for fit in found if fit.nbytes <= size and (by_size or fit.loss <= loss)]
     if good:
         return min(good, key=lambda fit: fit[1::-1] if by_size else fit[:2])
     best = min(found, key=lambda fit: fit[:2] if by_size else fit[1::-1])
-    most = f"{format_size(best.nbytes)} and lose about {best.loss:.2g} nats a token"
+    reach = f"{format_size(best.nbytes)} and lose about {best.loss:.2g} nats a token"
     if by_size:
         more = f"--fit {-(-best.nbytes >> 20)}MiB, fewer --bits or a smaller model"
-        raise ConfigError(f"no codes are as small as --fit: the smallest take {most}; give {more}")
+        raise ConfigError(f"no codes are as small as --fit: the smallest take {reach}; give {more}")
     more = "a larger --kl, more --bits or --calibrate"
-    raise ConfigError(f"no codes lose as little as --kl: the best take {most}; give {more}")
+    raise ConfigError(f"no codes lose as little as --kl: the best take {reach}; give {more}")
 
 
-def _raised(groups: Sequence[Sequence[Fit]], fit: Fit, size: float, loss: float) -> Fit:
-    """From the smallest codes on always the step that gains most for its bytes, until no more
-    ``size`` is left, or all with experts, which ``fit`` has alone, lose no more than ``loss``."""
-    now = [codes[0] for codes in groups]
-    nbytes, alone = fit[:2]
-    while (lost := alone + sum(code.loss for code in now)) > loss:
-        steps = [
-            ((old.loss - new.loss) / (new.nbytes - old.nbytes), at, new)
-            for at, (codes, old) in enumerate(zip(groups, now, strict=True))
-            for new in codes
-            if old.nbytes < new.nbytes <= old.nbytes + size - nbytes
-        ]
-        if not steps:
-            break
-        _, at, new = max(steps)
-        nbytes, now[at] = nbytes + new.nbytes - now[at].nbytes, new
-    return Fit(nbytes, lost, "int8" + "".join(code.resident for code in now), fit.codecs)
+Coding = tuple[int, float, str]  # of a group: bytes, its part of the loss, and the rule for a mode
+
+
+def _mode(now: Iterable[Coding]) -> str:
+    return "int8" + "".join(rule for *_, rule in now)
+
+
+def _codes(
+    config: Config, group: Group, names: list[str], calibrated: bool, triton: bool
+) -> list[Coding]:
+    """What a group may have, the smallest first."""
+    all_shapes, codes, role = resident_shapes(config), list[Coding](), role_of(names[0])
+    first, last = (shapes.kind_of(name)[0] for name in (names[0], names[-1]))
+    allowed = ["int8"]
+    if role in ("matrix", "sensitive"):
+        allowed += ["lut4", *(["int6", "int5"] * (not triton))]
+        small = role == "sensitive" and "self_attn" in group[0]  # no decoder has an MLP in bf16
+        allowed += ["none"] * small
+    for code in allowed:
+        rule = "" if code == "int8" else f" {group[0]}@{first}-{last}={code}"
+        lost = _part(group, names[0], "int8" + rule, calibrated)
+        sizes = (shapes.resident_bytes(role, all_shapes[n], "int8" + rule, n) for n in names)
+        codes.append((sum(sizes), lost, rule))
+    return sorted(codes)

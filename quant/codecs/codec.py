@@ -35,13 +35,15 @@ BLOCK = 64  # columns that are stored together
 
 class Scales(NamedTuple):
     """A coding of scales: ``block`` columns of a row share one; they are the tensor ``NAME`` +
-    ``suffix``, [n_tiles, n_blocks + ``extra``, ``width``]."""
+    ``suffix``, [n_tiles, n_blocks + ``extra``, ``width``], and whole numbers up to ``most``, if
+    any, under a factor of the row."""
 
     block: int
     suffix: str
     dtype: str
     extra: int
     width: int
+    most: int = 0
 
 
 SCALES = {
@@ -52,10 +54,10 @@ SCALES = {
     # Bytes [n_tiles, n_blocks + 2, 32]: of each tile first the rows' F32 factors, 16 of them, then
     # of each 64 columns an I8 for the first 32 of each row and one for the last 32; a block's scale
     # is the product, in float32.
-    "i8": Scales(32, ".scales", "U8", 2, 2 * TILE),
+    "i8": Scales(32, ".scales", "U8", 2, 2 * TILE, 127),
     # Bytes [n_tiles, n_blocks + 4, 16]: as i8, but of each 64 columns a byte for each row, its low
     # half an I4 for the first 32, its high half one for the last 32.
-    "i4": Scales(32, ".scales", "U8", 4, TILE),
+    "i4": Scales(32, ".scales", "U8", 4, TILE, 7),
     # As f16x2, each a byte that stands for 2^(byte - 127).
     "e8m0": Scales(32, ".scales", "F8_E8M0", 0, 2 * TILE),
 }
@@ -83,7 +85,7 @@ class Codec:
     @property
     def fitted(self) -> bool:
         """Whether scales are chosen by the error, which a calibration text weighs."""
-        return self.scales in ("i8", "i4")
+        return SCALES[self.scales].most > 0
 
     @property
     def learned(self) -> bool:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codecs.codec import BLOCK, NF4, SCALES, TILE, Codec
+from slotmoe.quant.codecs.codec import BLOCK, NF4, SCALES, TILE, Codec, Scales
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, int8_by_torch, pack, store
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
@@ -139,21 +139,19 @@ class WholeScales:
         return torch.cat([part.reshape(len(blocks), -1, width) for part in parts], dim=1)
 
 
-def encode(
-    weight_NK: Tensor, levels_L: Tensor, block: int, most: int = 127
-) -> tuple[Tensor, Tensor]:
+def _encode(weight_NK: Tensor, levels_L: Tensor, coding: Scales) -> tuple[Tensor, Tensor]:
     """Codes, uint8 [N, K], and stored scales, both filled up.  Raises ``NotFiniteError``."""
-    N, K = weight_NK.shape
+    (N, K), block = weight_NK.shape, coding.block
     scales_NX = fit_scales(weight_NK, torch.ones(K), levels_L, block)
     if not bool(scales_NX.isfinite().all()):
         raise NotFiniteError
     rows, X = (0, -N % TILE), scales_NX.shape[1]
     scales_NX = F.pad(scales_NX, (0, -X % (BLOCK // block), *rows))
-    coding = WholeScales(scales_NX, most)
-    scales_NX = coding.round(scales_NX)
+    whole = WholeScales(scales_NX, coding.most)
+    scales_NX = whole.round(scales_NX)
     codes_NK = assign(weight_NK, scales_NX[:N, :X].contiguous(), levels_L, block)
     codes_NK = F.pad(codes_NK, (0, -X * block % BLOCK, *rows))
-    return codes_NK, coding.stored(scales_NX)
+    return codes_NK, whole.stored(scales_NX)
 
 
 def starts_of(levels_L: Tensor) -> Tensor:
@@ -310,30 +308,29 @@ def quantize_lut(
     """Codes, scales, and with a Hessian the sums of squares of the error and of the weights in its
     measure, of a bf16, fp16 or fp32 matrix, by a codec whose scales are ``fitted``.  Raises
     ``NotFiniteError`` and ``NotPositiveError``."""
-    block, levels_L = SCALES[codec.scales].block, torch.tensor(codec.levels, dtype=torch.float32)
-    most = 7 if codec.scales == "i4" else 127
+    coding, levels_L = SCALES[codec.scales], torch.tensor(codec.levels, dtype=torch.float32)
     if hessian is None:
-        codes_NK, scales, squares = *encode(weight_NK, levels_L, block, most), None
+        codes_NK, scales, squares = *_encode(weight_NK, levels_L, coding), None
     else:
-        codes_NK, scales, squares = _encode(weight_NK, hessian, levels_L, block, most)
+        codes_NK, scales, squares = _calibrated(weight_NK, hessian, levels_L, coding)
     return pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits), scales.cpu(), squares
 
 
-def _encode(
-    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int, most: int
+def _calibrated(
+    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, coding: Scales
 ) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Codes on the CPU, the rest on the device of ``hessian``."""
     N, K = weight_NK.shape
     H_KK = hessian.damped
     w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
-    state = _State(w_KN, hessian, levels_L.to(H_KK), block, most)
+    state = _State(w_KN, hessian, levels_L.to(H_KK), coding)
     state.feed_back()
     wanted_KN = H_KK @ w_KN
     gradient_KN = wanted_KN - H_KK @ state.q_KN
     for _ in range(ROUNDS):
         state.descend(gradient_KN)
     scales_XN = torch.stack(state.scales)
-    units = state.q_KN.unflatten(0, (-1, block)) * inverse_or_zero(scales_XN)[:, None]
+    units = state.q_KN.unflatten(0, (-1, coding.block)) * inverse_or_zero(scales_XN)[:, None]
     codes_NK = nearest(units, state.levels_L).flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
     error = ((w_KN - state.q_KN) * gradient_KN).sum(dtype=torch.float64).item()
     square = (w_KN * wanted_KN).sum(dtype=torch.float64).item()
@@ -343,16 +340,14 @@ def _encode(
 class _State:
     """A matrix on its way: what its codes stand for, ``q``, and its scales by block."""
 
-    def __init__(
-        self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, block: int, most: int
-    ) -> None:
+    def __init__(self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, coding: Scales):
         self._native = bindings.load() if w_KN.is_cpu else None
-        self._w_KN, self._hessian, self._block = w_KN, hessian, block
+        self._w_KN, self._hessian, block = w_KN, hessian, coding.block
         self.levels_L, self._starts = levels_L, starts_of(levels_L).to(levels_L)
         self._spans = [slice(at, at + block) for at in range(0, len(w_KN), block)]
         diagonal = hessian.damped.diagonal()
         first = [self._fit(w_KN[span], diagonal[span]) for span in self._spans]
-        self.coding = WholeScales(_ROOM * torch.stack(first, dim=-1), most)
+        self.coding = WholeScales(_ROOM * torch.stack(first, dim=-1), coding.most)
         self.q_KN = torch.empty_like(w_KN)
         self.scales: list[Tensor] = []
 

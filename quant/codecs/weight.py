@@ -5,8 +5,10 @@ int8 is row-wise and symmetric: ``w[n, k] = q[n, k] * scale[n]``, |q| at most 12
 Shape legend: N rows out, K columns in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -119,60 +121,40 @@ def unpack(codes: Tensor) -> Tensor:
     """uint8 [tiles, 16, columns], one code each, of the code tensor of a weight."""
     tiles, blocks, size = codes.shape
     bits = size // (2 * BLOCK)
-    if bits == 2:
-        return _unpack_plane(codes, 2)
     if bits > 4:
         upper, lower = codes.split([8 * BLOCK, size - 8 * BLOCK], dim=2)
-        return unpack(upper) << bits - 4 | _unpack_plane(lower, bits - 4)
-    if bits == 4:
-        words = codes.reshape(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
-        pairs = torch.stack([words >> 4, words & 15], dim=3)  # tile, block, t, half, lane, i
-    else:
-        words = codes.view(tiles, 2 * blocks, 3, TILE, 4)  # tile, group, a, lane, i
+        return unpack(upper) << bits - 4 | unpack(lower)
+    words = codes.reshape(tiles, -1, TILE, 4)  # tile, word, lane, i
+    if bits == 3:
+        words = words.unflatten(1, (-1, 3))  # tile, group, a, lane, i
         top = words >> 6
         last = top[:, :, :1] | top[:, :, 1:2] << 2 | top[:, :, 2:] << 4
-        words = torch.cat([words, last], dim=2)
-        pairs = torch.stack([words & 7, words >> 3 & 7], dim=3)  # tile, group, a, half, lane, i
-    return pairs.permute(0, 4, 1, 2, 3, 5).reshape(tiles, TILE, blocks * BLOCK)
+        words = torch.cat([words, last], dim=2).flatten(1, 2)
+    parts = [(words >> shift if shift else words) & (1 << bits) - 1 for shift in _shifts(bits)]
+    return torch.stack(parts, dim=2).permute(0, 3, 1, 2, 4).reshape(tiles, TILE, blocks * BLOCK)
 
 
-def _unpack_plane(codes: Tensor, bits: int) -> Tensor:
-    """``unpack`` of a plane of 2 bits, or of 1."""
-    tiles, blocks, size = codes.shape
-    words = codes.reshape(tiles, blocks, size // BLOCK, TILE, 1, 4)  # tile, block, g, lane, a, i
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
-    parts = words >> shifts & (1 << bits) - 1
-    return parts.permute(0, 3, 1, 2, 4, 5).reshape(tiles, TILE, blocks * BLOCK)
-
-
-def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    tiles, _, columns = codes.shape
-    parts = codes.reshape(tiles, TILE, columns // BLOCK, 2 * bits, 8 // bits, 4)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
-    packed = (parts << shifts).sum(4, dtype=torch.uint8)
-    return packed.permute(0, 2, 3, 1, 4).reshape(tiles, columns // BLOCK, 2 * BLOCK * bits)
+def _shifts(bits: int) -> Sequence[int]:
+    """Where in a byte the codes of columns lie that are 4 further each, of up to 4 bits."""
+    return {4: (4, 0), 3: (0, 3)}.get(bits, range(0, 8, bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """The code tensor of uint8 [tiles, 16, columns], one code each; columns a multiple of 64."""
-    if bits == 2:
-        return _pack_plane(codes, 2)
     if bits > 4:
-        lower = _pack_plane(codes & (1 << bits - 4) - 1, bits - 4)
+        lower = pack(codes & (1 << bits - 4) - 1, bits - 4)
         return torch.cat([pack(codes >> bits - 4, 4), lower], dim=2)
     tiles, _, columns = codes.shape
     # Four neighbouring columns move as one 32-bit word; no bit crosses a byte when shifted.
-    words = codes.contiguous().view(torch.int32).view(tiles, TILE, columns // 32, 4, 2)
-    first, second = words.permute(4, 0, 2, 3, 1)  # tile, group of 32 columns, a, lane
-    if bits == 4:
-        packed = first << 4 | second
-    else:
-        pairs = first | second << 3
-        last = pairs[:, :, 3]
+    words, shifts = codes.contiguous().view(torch.int32), _shifts(bits)
+    parts = words.view(tiles, TILE, -1, len(shifts)).permute(3, 0, 2, 1)  # part, tile, word, lane
+    packed = reduce(or_, (part << shift for part, shift in zip(parts, shifts, strict=True)))
+    if bits == 3:
+        packed = packed.unflatten(1, (-1, 4))  # tile, group of 32 columns, a, lane
+        last = packed[:, :, 3]
         top = torch.stack([last, last >> 2, last >> 4], dim=2) & 0x03030303
-        packed = pairs[:, :, :3] | top << 6
-    bytes_: Tensor = packed.contiguous().view(torch.uint8)
-    return bytes_.view(tiles, columns // BLOCK, 2 * BLOCK * bits)
+        packed = packed[:, :, :3] | top << 6
+    return packed.contiguous().view(torch.uint8).view(tiles, columns // BLOCK, 2 * BLOCK * bits)
 
 
 @dataclass(frozen=True)

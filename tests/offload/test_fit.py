@@ -26,11 +26,10 @@ def geometry(name):
 
 
 def plain(config, calibrated):
-    """Bytes and expected loss of each choice without --fit whose parts were measured."""
+    """Bytes and expected loss of each choice without --fit."""
     for ((codec, bits), codecs), mode in product(expert_choices(config).items(), RESIDENT_MODES):
         loss = expected(config, codec, bits, mode, calibrated)
-        if loss is not None:
-            yield export_bytes(config, sizes_of(config, mode, codecs)), loss, codecs, mode
+        yield export_bytes(config, sizes_of(config, mode, codecs)), loss, codecs, mode
 
 
 @by_model
