@@ -154,7 +154,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         last = packed[:, :, 3]
         top = torch.stack([last, last >> 2, last >> 4], dim=2) & 0x03030303
         packed = packed[:, :, :3] | top << 6
-    return packed.contiguous().view(torch.uint8).view(tiles, columns // BLOCK, 2 * BLOCK * bits)
+    bytes_: Tensor = packed.contiguous().view(torch.uint8)
+    return bytes_.view(tiles, columns // BLOCK, 2 * BLOCK * bits)
 
 
 @dataclass(frozen=True)
