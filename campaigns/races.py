@@ -116,7 +116,7 @@ class Sessions(Session):
 
     def check(self, done, died):
         blocks = self.folder / "blocks"
-        noted = int((blocks / "lock").read_bytes()) if (blocks / "lock").exists() else 0
+        noted = int((blocks / "lock").read_bytes() or 0) if (blocks / "lock").exists() else 0
         there = sum(path.stat().st_size for path in blocks.glob("??/*") if path.suffix != ".tmp")
         assert noted == there or (died and noted > there), f"{noted} bytes noted, {there} there"
         assert there <= 1 << 16, "more than the limit"

@@ -14,6 +14,7 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Answer
 from slotmoe.offload.engine import loading
+from slotmoe.offload.engine.passes import Sequence
 from slotmoe.offload.engine.requests import _WAIT_SECONDS, Forced, Request, wait_for
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, failing, passes_of, together, until, whole
@@ -69,10 +70,11 @@ def test_prompts_together_are_each_as_alone(runtime, prompts, monkeypatch):
         runtime.engine.empty()
         alone.append(decode(runtime, prompt, MORE))
     runtime.engine.empty()
-    passes = passes_of(runtime, monkeypatch)
+    passes, wanted = passes_of(runtime, monkeypatch)
     found = together(runtime, prompts, MORE)
     assert max(map(len, passes)) > 1 and -sum(sum(rows) for rows in passes) > 0
     assert any(min(rows) < 0 < max(rows) for rows in passes) or len(prompts) < 5
+    assert sum(wanted) == len(prompts)
     if runtime.stats()["kernels"] != "torch":
         assert all(map(torch.equal, found, alone))
     whole(runtime)
@@ -132,7 +134,7 @@ def test_experts_are_read_once_for_all_prompts(sample_export, heavy, monkeypatch
 @pytest.mark.parametrize("gate", [3, 48])
 def test_a_short_prompt_overtakes_a_long_one(runtime, gate, monkeypatch):
     """It comes at a gate of the first pass, which ends if it has just begun."""
-    engine, gates, order, passes = runtime.engine, [], [], passes_of(runtime, monkeypatch)
+    engine, gates, order, (passes, _) = runtime.engine, [], [], passes_of(runtime, monkeypatch)
 
     def ask(count):
         request = Request(words(count, count), Forced(()), owner=str(count))
@@ -202,6 +204,7 @@ PROBLEMS = [  # where something is raised, and whether the engine goes on
     ("a sampler", OSError(5, "not the engine's"), True),
     ("who gets the answer", OSError(28, "not the engine's"), True),
     ("a save", MemoryError(), True),
+    ("a prompt's end", MemoryError(), True),
 ]
 
 
@@ -228,6 +231,7 @@ def test_whose_an_error_is_says_what_it_ends(
             "a pass": (batch.passes, "run"),
             "a sampler": (Answer, "take"),
             "a save": (batch.sessions, "keep"),
+            "a prompt's end": (Sequence, "mark"),
         }.items():
             if place == where:
                 patch.setattr(owner, name, fail)

@@ -69,16 +69,18 @@ def failing(runtime, fail):
 
 
 def passes_of(runtime, monkeypatch):
-    """The passes from now on, each as the tokens of its rows, of which prompts' are negative."""
-    found, passes = [], runtime.engine.batch.passes
+    """The passes from now on, each as the tokens of its rows, of which prompts' are negative; and
+    in a list of its own for how many rows of prompts logits are wanted."""
+    found, wanted, passes = [], [], runtime.engine.batch.passes
     run = passes.run
 
     def note(rows):
         found.append([-len(row.ids) if row.is_prompt else len(row.ids) for row in rows])
+        wanted.append(sum(row.is_prompt and row.wanted for row in rows))
         run(rows)
 
     monkeypatch.setattr(passes, "run", note)
-    return found
+    return found, wanted
 
 
 def sound(store):
