@@ -196,7 +196,7 @@ def runtime_growth(config: Config, resident: int) -> int:
     """Bytes that the process takes beside its parts once it has run: pages of libraries and thread
     stacks, the manifest's records, and what is lost at the ends of large pages that hold
     ``resident`` bytes of weights.  Fitted to measured peaks."""
-    return (14 << 20) + 2048 * len(config.moe_layers) * config.n_routed_experts + resident // 50
+    return (16 << 20) + 2048 * len(config.moe_layers) * config.n_routed_experts + resident // 50
 
 
 def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 4) -> int:

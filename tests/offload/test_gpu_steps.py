@@ -93,12 +93,13 @@ def triton_ops(graph=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_splits():
-    """An interpreter's time goes with the number of programs, most of which have no rows here."""
+    """An interpreter's time goes with the number of programs, most of which have no rows here.
+    Graphs are captured without gradients, as the engine runs."""
     with pytest.MonkeyPatch.context() as patch:
         if TWIN:
             patch.setattr(mla, "SPLITS", tl.constexpr(4))
             simulated.queue_interpreted_kernels()
-        with TWIN.current() if TWIN else nullcontext():
+        with TWIN.current() if TWIN else nullcontext(), torch.inference_mode():
             yield
 
 
