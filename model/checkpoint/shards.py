@@ -93,13 +93,11 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
                 for name in opened.offset_keys():
                     part = opened.get_slice(name)
                     dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                    if dtype not in DTYPES:
-                        problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
-                        raise CheckpointError(f"{path}: {name:.120} {problem}")
                     info = TensorInfo(text_name(name), path, DTYPES[dtype], shape, offset)
                     infos[info.name], offset = info, offset + info.nbytes
-        except CheckpointError:
-            raise
+        except KeyError:
+            problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+            raise CheckpointError(f"{path}: {name:.120} {problem}") from None
         except UnicodeError:
             reason = "the name is not UTF-8, and the safetensors library opens no other"
             raise CheckpointError(f"{path}: {reason}; rename the folder") from None

@@ -108,12 +108,10 @@ class HostTier:
     def acquire(self, expert_id: int) -> Read:
         """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""
         slot = self._claim(expert_id)
-        read = Read(
-            expert_id, DEMAND, slot.record.tensor.numpy().data, done=slot.state is not READING
-        )
-        if not read.done:
-            read.after = partial(self._arrived, slot)
-            slot.read = read
+        read = Read(expert_id, DEMAND, slot.record.tensor.numpy().data)
+        if slot.state is READING:
+            read.after, slot.read = partial(self._arrived, slot), read
+        read.done = read.after is None
         self.acquired[read] = slot
         return read
 

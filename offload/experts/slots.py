@@ -143,10 +143,8 @@ class Slots:
                 self._promote(slot)
         for expert_id in expert_ids:
             slot = of.get(expert_id)
-            if slot is None or slot.state is STALE:
-                slot = self._begin(expert_id, DEMAND, new)
-            assert slot.read is not None
-            reads.append(slot.read)
+            read = None if slot is None or slot.state is STALE else slot.read
+            reads.append(read or self._begin(expert_id, DEMAND, new))
         if new:
             self.source.submit(new)
         return reads
@@ -251,9 +249,7 @@ class Slots:
         if self._device.tier == "vram":  # nor are there so many read buffers below
             most = 1 if self._device.queues else LENT
         while room and len(reads) < most and (expert_id := self.store.to_fill()) is not None:
-            slot = self._begin(expert_id, FILL, new)
-            assert slot.read is not None
-            reads.append(slot.read)
+            reads.append(self._begin(expert_id, FILL, new))
         self.source.submit(new)
         return reads if reads or self._touching is not None or not self.store.full() else None
 
@@ -292,7 +288,7 @@ class Slots:
             self.cache.slots, self._touching = self.planned, None
             self._touched = self.slab.nbytes
 
-    def _begin(self, expert_id: int, urgency: int, new: list[Read]) -> Slot:
+    def _begin(self, expert_id: int, urgency: int, new: list[Read]) -> Read:
         """Stage a slot for an expert; ``new`` gets what its source has to be told of, if any."""
         store = self.store
         if store.leaving or not store.available:
@@ -304,7 +300,7 @@ class Slots:
             self._wait_for_copy(read)
             if read.error is None:
                 self.reclaimed += 1
-                return slot
+                return read
             store.move(slot, FREE)
             slot = store.take(expert_id)
         try:
@@ -313,7 +309,7 @@ class Slots:
             store.move(slot, FREE)
             raise
         new.append(read)
-        return slot
+        return read
 
     def _promote(self, slot: Slot) -> None:
         """What was to be read ahead is demanded; where that has failed, it is tried again."""

@@ -46,7 +46,7 @@ _READERS = 4
 def cached_export(
     source: Path,
     cache: Path,
-    progress: Progress | None = None,
+    progress: Progress = ignore,
     reading: Progress = ignore,
     notify: Notify = ignore,
     ready: Callable[[Path], None] = ignore,
@@ -61,9 +61,8 @@ def cached_export(
         size = format_size(export_bytes(config, sizes))
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
-        making = progress or ignore
         # What a copy of the folder left unfinished is begun anew.
-        quantize(source, destination, overwrite=True, wait_for_lock=True, progress=making)
+        quantize(source, destination, overwrite=True, wait_for_lock=True, progress=progress)
     mark_used(destination)
     return destination
 
