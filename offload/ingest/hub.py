@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -344,14 +344,8 @@ class Shards:
 def bar(arrived: Callable[[int], None]) -> type:
     """What huggingface_hub takes for a class of tqdm's; both HTTP and Xet tell it of bytes."""
 
-    class Bar:
+    class Bar(AbstractContextManager["Bar"]):
         def __init__(self, **_shown: object):
-            pass
-
-        def __enter__(self) -> "Bar":
-            return self
-
-        def __exit__(self, *_problem: object) -> None:
             pass
 
         def update(self, count: int = 1) -> None:
@@ -360,7 +354,7 @@ def bar(arrived: Callable[[int], None]) -> type:
         def close(self, *_shown: object, **_how: object) -> None:
             pass
 
-        update_transfer = set_postfix_str = set_transfer_postfix_str = close
+        __exit__ = update_transfer = set_postfix_str = set_transfer_postfix_str = close
 
     return Bar
 
