@@ -12,7 +12,6 @@
 
 using namespace slotmoe;
 
-constexpr int64_t kSumColumns = 256;  // of the experts' outputs, that a thread sums at least
 constexpr int64_t kPassTokens = 512;  // tokens whose activations are held at once
 
 // --- levels
@@ -184,11 +183,13 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
             job.parallel(rows, [&](int, int64_t begin, int64_t end) {
                 by.quantize_rows(gate, i, begin, end, rows, levels.offset, act, act_factor);
             });
+        bool held[kMaxThreads] = {};
         job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
             const Blocks blocks = rows == 1 ? act + thread * out_blocks : act;
             double* factor = rows == 1 ? act_factor + thread : act_factor;
-            // Each thread quantizes one token's activations for itself: cheaper than another phase.
-            if (rows == 1) by.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
+            // Each thread quantizes one token's activations for itself, once: cheaper than another phase.
+            if (rows == 1 && !held[thread]) by.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
+            held[thread] = true;
             multiply_tiles(by, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
             for (int64_t row = pass; row < pass + rows; row++) {
                 const int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
@@ -212,10 +213,8 @@ EXPORT int slotmoe_mlp(const Mlp* w, const float* x, int64_t t, const float* res
 
 void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k,
                            int64_t h, float* y) {
-    const int64_t pieces = up_to(h, kSumColumns);
-    job.each_part(t, pieces, [&](int, int64_t row, int64_t begin, int64_t end) {
-        const int64_t last = end * kSumColumns < h ? end * kSumColumns : h;
-        isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, begin * kSumColumns, last, y + row * h);
+    job.each(t, [&](int, int64_t row) {
+        isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, y + row * h);
     });
 }
 

@@ -3,28 +3,37 @@
 // among others, and on every instruction set.
 //
 // Shapes: x [T, K]; blocks [B, T]; W tiles of 16 rows; y [T, ldy].
-#ifndef SLOTMOE_DOT_ONCE
-#define SLOTMOE_DOT_ONCE Lanes::dot
-#endif
-
 namespace slotmoe {
 namespace {
 
 constexpr float kMostFine = 16256.0f;  // 128 * 127: both digits fit 8 bits
 
-// One block of a row; v times both factors are integers within kMostFine. `sums` of digits, of the blocks before.
-inline void fine_block(const float* v, float first, float second, FineBlock* out, int32_t* sums) {
-    for (int half = 0; half < 2; half++) {
-        int32_t sum = 0, of_high = 0;
-        for (int i = half * kBlock / 2; i < (half + 1) * kBlock / 2; i++) {
-            const int32_t q = int32_t(round_even(v[i] * first * second)), high = (q + 64) >> 7;
-            out->digit[0][i] = int8_t(high), out->digit[1][i] = int8_t(q - 128 * high);
-            sum += q, of_high += high;
-        }
-        out->bias[half] = -Lanes::kWeightOffset * sum;
-        sums[0] += of_high, sums[1] += sum - 128 * of_high;
+// Up to 4 blocks of a row, the first at `out`, one `t` after the other; scaled x are integers within kMostFine. `sums`
+// of digits, of the blocks before.
+inline void fine_blocks(const float* x, const Scaled& scaled, int64_t count, FineBlock* out, int64_t t, int32_t* sums) {
+    F both[kPartsAtOnce], highs[kPartsAtOnce];
+    alignas(64) float of_both[kPartsAtOnce], of_high[kPartsAtOnce];
+    alignas(64) int8_t digits[2][kColumnsAtOnce];
+    const F shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f);  // as in round_even
+    const F per_high = Lanes::broadcast(1.0f / 128), up = Lanes::broadcast(0.25f / 128), of_one = Lanes::broadcast(-128.0f);
+    for (int i = 0; i < kPartsAtOnce; i++) {
+        both[i] = Lanes::add(Lanes::add(scaled(x + i * kXBlock), shift), back);
+        // (both + 64) >> 7: halves go up
+        highs[i] = Lanes::add(Lanes::add(Lanes::fma(both[i], per_high, up), shift), back);
+        Lanes::store_int8(digits[0] + i * kXBlock, highs[i]);
+        Lanes::store_int8(digits[1] + i * kXBlock, Lanes::fma(highs[i], of_one, both[i]));
     }
-    memcpy(out->sum, sums, sizeof out->sum);
+    Lanes::sum_lanes(both, of_both), Lanes::sum_lanes(highs, of_high);
+    for (int64_t b = 0; b < count; b++, out += t) {
+        for (int half = 0; half < 2; half++) {
+            const int64_t i = b * kXScales + half * 2;
+            const int32_t sum = int32_t(of_both[i] + of_both[i + 1]), high = int32_t(of_high[i] + of_high[i + 1]);
+            memcpy(out->digit[half], digits[half] + b * kBlock, kBlock);
+            out->bias[half] = -Lanes::kWeightOffset * sum;
+            sums[0] += high, sums[1] += sum - 128 * high;
+        }
+        memcpy(out->sum, sums, sizeof out->sum);
+    }
 }
 
 // No levels of weights have an offset here.
@@ -40,24 +49,21 @@ void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_
             first = power_of_two((127 - int(top >> 23)) / 2);
             second = float(double(kMostFine) / largest / double(first));
         }
+        const Scaled scaled{Lanes::broadcast(first), Lanes::broadcast(second)};
         int32_t sums[2] = {};
-        for (int64_t column = 0; column < k; column += kBlock) {
-            alignas(64) float v[kBlock] = {};
-            if (largest > 0.0) memcpy(v, in + column, size_t(k - column < kBlock ? k - column : kBlock) * sizeof *v);
-            fine_block(v, first, second, static_cast<FineBlock*>(blocks) + column / kBlock * t + row, sums);
-        }
+        each_group(in, k, largest > 0.0, [&](const float* columns, int64_t first, int64_t count) {
+            fine_blocks(columns, scaled, count, static_cast<FineBlock*>(blocks) + first * t + row, t, sums);
+        });
     }
 }
 
 // 128 times sums of high digits and those of low ones, of the rows of a tile; y of one token.
 inline void write_fine(const int32_t* high, const int32_t* low, const Int8Matrix& w, int64_t tile, double factor,
                        float* __restrict y) {
-    const int64_t row = tile * kTile, lanes = w.n - row;
-    const auto write = [&](int64_t lane) {
+    const int64_t row = tile * kTile;
+    each_lane(w.n - row, [&](int64_t lane) {
         y[row + lane] = float((128.0 * high[lane] + low[lane]) * (double(w.scale[row + lane]) * factor));
-    };
-    for (int64_t lane = 0; lane < lanes && lanes < kTile; lane++) write(lane);
-    for (int64_t lane = 0; lane < kTile && lanes >= kTile; lane++) write(lane);  // so many become vectors
+    });
 }
 
 // `Tokens` tokens by `Tiles` neighbouring tiles at a time. Few tokens have several sums side by side, or each instruction

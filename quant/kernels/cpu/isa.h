@@ -188,8 +188,7 @@ struct Isa {
     void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* y);
     void (*activate)(const float* gate, const float* up, const Activation& how, float* out, int64_t n);  // to gate too
-    void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
-                         float* y);
+    void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t n, float* y);
 
     void (*learn)(const float* x, float rate, const float* next, int64_t n, int64_t m, float* w, float* y);
     double (*survey)(const float* x, int64_t n, float inverse, float reach, int64_t most, int64_t* ids, int64_t* found,
@@ -199,7 +198,7 @@ struct Isa {
     void (*hyper_coefficients)(const Hyper& hyper, const float* mixes, float square, int64_t columns, float* pre,
                                float* post, float* comb);
     void (*hyper_out)(const float* y, const float* h, const float* post, const float* comb, int64_t m, int64_t d,
-                      int64_t begin, int64_t end, float* out);
+                      float* out);
     // One window.
     void (*compress)(const float* kv, const float* gate, const float* bias, int64_t rows, int64_t z, float* y);
 

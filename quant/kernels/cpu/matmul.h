@@ -5,6 +5,10 @@
 // exact, and a block has 64 columns with the scales of two halves.
 //
 // Shapes: W tiles of 16 rows; x blocks [B, T]; y [T, ldy].
+#ifndef SLOTMOE_DOT_ONCE
+#define SLOTMOE_DOT_ONCE Lanes::dot
+#endif
+
 namespace slotmoe {
 namespace {
 
@@ -14,7 +18,8 @@ using W = Lanes::W;
 constexpr int kTokens = 128;
 constexpr int kManyTokens = 4;     // from here on two tiles share the loads of activations
 constexpr int kPrefetch = 6144;    // bytes ahead
-constexpr int kPages = 16384;      // where one line starts the processor's own prefetching of a page
+constexpr int kPages = 16384;      // where lines start the processor's own prefetching of a page,
+constexpr int kStarts = 256;       // one of so many bytes
 
 // Lines kPrefetch ahead. Those of one tile alone, for few tokens, wait for memory: the second-level cache has more of them
 // on their way at once than the first.
@@ -25,7 +30,9 @@ inline void prefetch_lines(const void* p, bool past) {
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch(at + line);
     else if (Alone) {
-        if (Bytes > 64) Lanes::prefetch_to_l2(at + kPages - kPrefetch);
+#pragma GCC unroll 4
+        for (int line = kPages - kPrefetch; line < kPages - kPrefetch + Bytes - 64; line += kStarts)
+            Lanes::prefetch_to_l2(at + line);
 #pragma GCC unroll 16
         for (int line = 0; line < Bytes; line += 64) Lanes::prefetch_to_l2(at + line);
     } else
@@ -159,7 +166,7 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
                 for (int i = 0; i < 2; i++)
 #pragma GCC unroll 4
                     for (int j = first; j < first + kChains; j++)
-                        dots[j] = Lanes::dot(dots[j], w[j - first][i], x[b].q + 16 * j + 8 * half + 4 * i);
+                        dots[j] = SLOTMOE_DOT_ONCE(dots[j], w[j - first][i], x[b].q + 16 * j + 8 * half + 4 * i);
             }
         tile.prefetch();
         tile.load_scales(scales);
@@ -274,12 +281,18 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
     }
 }
 
+// body(lane) for those of a tile's lanes that are among the `left` rows; so many as a tile has become vectors.
+template <class Body>
+inline void each_lane(int64_t left, Body body) {
+    for (int64_t lane = 0; lane < left && left < kTile; lane++) body(lane);
+    for (int64_t lane = 0; lane < kTile && left >= kTile; lane++) body(lane);
+}
+
 // The first `left` of a tile's results, times the rows' own factors unless those are null. Doubles, so that no order of
 // huge and tiny factors overflows on the way.
-inline void write(const float* totals, const float* rows, int64_t left, double factor, float* y) {
-    const int64_t lanes = left < kTile ? left : kTile;
-    for (int64_t lane = 0; lane < lanes; lane++)
-        y[lane] = float(double(totals[lane]) * (rows ? double(rows[lane]) * factor : factor));
+inline void write(const float* totals, const float* rows, int64_t left, double factor, float* __restrict y) {
+    if (rows) return each_lane(left, [&](int64_t i) { y[i] = float(double(totals[i]) * (double(rows[i]) * factor)); });
+    each_lane(left, [&](int64_t i) { y[i] = float(double(totals[i]) * factor); });
 }
 
 template <int Bits, class Scales, class Block>

@@ -44,14 +44,25 @@ inline uint32_t max_bits(const float* x, int64_t n) {
 }
 
 constexpr int kPartsAtOnce = 16;  // parts of kXBlock columns
-constexpr int kColumnsAtOnce = kPartsAtOnce * kXBlock;
-constexpr int kGroups = 16;  // of so many: all their scales come first, since integers wait long for theirs
+constexpr int kColumnsAtOnce = kPartsAtOnce * kXBlock, kBlocksAtOnce = kColumnsAtOnce / kBlock;
 
 // x times both factors, which are powers of two.
 struct Scaled {
     F first, second;
     F operator()(const float* x) const { return Lanes::mul(Lanes::mul(Lanes::load(x), first), second); }
 };
+
+// body(columns, first, count) for kColumnsAtOnce columns of a row x [k] at a time, of `count` blocks from the first on.
+// Columns behind the last, and all of a row without `numbers`, are zeros.
+template <class Body>
+inline void each_group(const float* x, int64_t k, bool numbers, Body body) {
+    float rest[kColumnsAtOnce] = {};
+    for (int64_t left = k, first = 0; left > 0; left -= kColumnsAtOnce, first += kBlocksAtOnce, x += kColumnsAtOnce) {
+        const bool whole = numbers && left >= kColumnsAtOnce;
+        if (numbers && !whole) memcpy(rest, x, size_t(left) * sizeof *rest);
+        body(whole ? x : rest, first, left < kColumnsAtOnce ? (left + kBlock - 1) / kBlock : kBlocksAtOnce);
+    }
+}
 
 // The scale of each part of kColumnsAtOnce values below 2, and what makes integers of them.
 inline void scale_parts(const float* x, const Scaled& scaled, float* scale, float* inverse) {
@@ -105,24 +116,13 @@ void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_
             if (e < -126) e = int(float_bits(float(top)) >> 23) - 127 - 149;  // denormal: `top` counts 2^-149
         }
         const Scaled scaled{Lanes::broadcast(power_of_two(-e / 2)), Lanes::broadcast(power_of_two(-e - -e / 2))};
-        double back = finite ? 1.0 : double(bits_float(0x7fc00000));
-        for (int i = 0; i < (e < 0 ? -e : e); i++) back *= e < 0 ? 0.5 : 2.0;
-        factor[row] = back;
-        float rest[kColumnsAtOnce] = {};  // the last columns, and what stands for a row that has no numbers
-        const int64_t whole = finite ? k / kColumnsAtOnce : 0, groups = (k + kColumnsAtOnce - 1) / kColumnsAtOnce;
-        if (finite) memcpy(rest, in + whole * kColumnsAtOnce, size_t(k - whole * kColumnsAtOnce) * sizeof *rest);
-        const auto at = [&](int64_t group) { return group < whole ? in + group * kColumnsAtOnce : rest; };
-        for (int64_t first = 0; first < groups; first += kGroups) {
-            alignas(64) float scale[kGroups][kPartsAtOnce], inverse[kGroups][kPartsAtOnce];
-            const int64_t stop = groups - first < kGroups ? groups : first + kGroups;
-            for (int64_t g = first; g < stop; g++) scale_parts(at(g), scaled, scale[g - first], inverse[g - first]);
-            for (int64_t g = first; g < stop; g++) {
-                constexpr int kBlocks = kColumnsAtOnce / kBlock;
-                const int64_t left = (k + kBlock - 1) / kBlock - g * kBlocks;
-                quantize_blocks(at(g), scaled, scale[g - first], inverse[g - first], left < kBlocks ? left : kBlocks,
-                                offset, static_cast<ActBlock*>(blocks) + g * kBlocks * t + row, t);
-            }
-        }
+        factor[row] = finite ? __builtin_ldexp(1.0, e) : double(bits_float(0x7fc00000));
+        each_group(in, k, finite, [&](const float* columns, int64_t first, int64_t count) {
+            alignas(64) float scale[kPartsAtOnce], inverse[kPartsAtOnce];
+            scale_parts(columns, scaled, scale, inverse);
+            quantize_blocks(columns, scaled, scale, inverse, count, offset,
+                            static_cast<ActBlock*>(blocks) + first * t + row, t);
+        });
     }
 }
 
@@ -183,13 +183,11 @@ void activate(const float* gate, const float* up, const Activation& how, float* 
 }
 
 // y = sum over k in the given order, each product and each sum rounded: what a caller would get step by step.
-void weighted_sum(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
-                  float* y) {
-    for (int64_t i = begin; i < end; i++) y[i] = 0.0f;
-    for (int64_t e = 0; e < k; e++) {
+void weighted_sum(const float* outs, const float* weights, int64_t k, int64_t n, float* y) {
+    for (int64_t i = 0; i < n; i++) y[i] = 0.0f;
+    for (int64_t e = 0; e < k; e++, outs += n) {
         const float w = weights[e];
-        const float* in = outs + e * ld;
-        for (int64_t i = begin; i < end; i++) y[i] = y[i] + w * in[i];
+        for (int64_t i = 0; i < n; i++) y[i] = y[i] + w * outs[i];
     }
 }
 

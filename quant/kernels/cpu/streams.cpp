@@ -5,8 +5,6 @@
 
 using namespace slotmoe;
 
-constexpr int64_t kColumns = 256;  // of the streams, that a thread takes at least
-
 void slotmoe::hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float* h, int64_t t, int64_t d, float* x,
                        float* post, float* comb) {
     const int64_t m = hyper.m, columns = m * d, rows = hyper.rows(!post);
@@ -27,11 +25,9 @@ void slotmoe::hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float
 
 void slotmoe::hyper_out(Job& job, const Isa& isa, const float* y, const float* h, const float* post, const float* comb,
                         int64_t t, int64_t m, int64_t d, float* out) {
-    const int64_t pieces = up_to(d, kColumns);
-    job.each_part(t, pieces, [&](int, int64_t token, int64_t begin, int64_t end) {
+    job.each(t, [&](int, int64_t token) {
         const int64_t streams = token * m * d;
-        isa.hyper_out(y + token * d, h + streams, post + token * m, comb + token * m * m, m, d, begin * kColumns,
-                      end * kColumns < d ? end * kColumns : d, out + streams);
+        isa.hyper_out(y + token * d, h + streams, post + token * m, comb + token * m * m, m, d, out + streams);
     });
 }
 

@@ -44,18 +44,17 @@ void hyper_coefficients(const Hyper& hyper, const float* mixes, float square, in
         normalize(comb, m, false, hyper.hc_eps), normalize(comb, m, true, hyper.hc_eps);
 }
 
-// out[k] = post[k] * y + sum over j of comb[j, k] * h[j], columns begin..end of d; a multiple of 16 begins.
-void hyper_out(const float* y, const float* h, const float* post, const float* comb, int64_t m, int64_t d,
-               int64_t begin, int64_t end, float* out) {
-    int64_t i = begin;
-    for (; i + 16 <= end; i += 16)
+// out[k] = post[k] * y + sum over j of comb[j, k] * h[j].
+void hyper_out(const float* y, const float* h, const float* post, const float* comb, int64_t m, int64_t d, float* out) {
+    int64_t i = 0;
+    for (; i + 16 <= d; i += 16)
         for (int64_t k = 0; k < m; k++) {
             auto sum = Lanes::mul(Lanes::broadcast(post[k]), Lanes::load(y + i));
             for (int64_t j = 0; j < m; j++)
                 sum = Lanes::fma(Lanes::broadcast(comb[j * m + k]), Lanes::load(h + j * d + i), sum);
             Lanes::store(out + k * d + i, sum);
         }
-    for (; i < end; i++)
+    for (; i < d; i++)
         for (int64_t k = 0; k < m; k++) {
             float sum = post[k] * y[i];
             for (int64_t j = 0; j < m; j++) sum += comb[j * m + k] * h[j * d + i];
