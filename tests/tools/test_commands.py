@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -200,11 +201,13 @@ def test_what_a_shell_completes(slotmoe, tmp_path, monkeypatch):
 
 
 # What doctor finds on this machine and on others
+ASKED = cache(doctor.machine.ask_gpu)
 
 
 @pytest.fixture
-def report(processes, slotmoe):
-    """Of ``slotmoe doctor``: exit code, and the checks by name."""
+def report(processes, slotmoe, monkeypatch):
+    """Of ``slotmoe doctor``: exit code, and the checks by name. GPUs are asked once."""
+    monkeypatch.setattr(doctor.machine, "ask_gpu", ASKED)
 
     def run(*arguments):
         code, out, _ = slotmoe("doctor", "--json", *arguments)
@@ -215,7 +218,7 @@ def report(processes, slotmoe):
     return run
 
 
-def test_this_machine(report, slotmoe, monkeypatch):
+def test_this_machine(report, slotmoe):
     code, checks = report()
     first, rest = "system processor kernels compiler GPU Vulkan RAM pages", "serve chat plots gguf"
     assert " ".join(checks) == f"{first} {rest} cache disk"
