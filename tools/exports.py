@@ -212,9 +212,7 @@ _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 @click.command(name="synth")
 @click.argument("geometry", metavar="GEOMETRY")
 @click.argument("destination", metavar="[DST]", type=Path, required=False)
-@options.RESIDENT
-@options.codec_options
-@options.fit_options
+@options.precision_options
 @options.KEEP_MTP
 @options.option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
 @options.flag("--overwrite", "Replace an export at DST.")
@@ -264,9 +262,7 @@ def synth_command(geometry: str, destination: Path | None, as_json: bool, **give
 @click.command(name="quantize")
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", type=Path, required=False)
-@options.RESIDENT
-@options.codec_options
-@options.fit_options
+@options.precision_options
 @options.option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @options.KEEP_MTP
 @options.option("--workers", "N", "Threads that quantize. [default: all cores]", type=_WORKERS)

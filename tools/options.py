@@ -127,7 +127,6 @@ _RESIDENT = (
     "int5 and mixed have 6, 5 and 4 bits where they cost little, else int8; nf4 is smaller and far "
     "less exact."
 )
-RESIDENT = choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT)
 _CODEC = (
     "Codes of routed experts: lut has learned levels and a scale for each 32 weights of a row, nf4 "
     f"is bitsandbytes' with one for each 64. [default: {DEFAULT_CODEC}]"
@@ -158,8 +157,10 @@ def expert_codecs(given: Json) -> ExpertCodecs | None:
     return codecs
 
 
-FITTING = ("fit", "kl", "for_gpu")  # ``fit_options``, without which ``precision`` is as asked
-fit_options = _adding(
+FITTING = ("fit", "kl", "for_gpu")  # without which ``precision`` is as asked
+precision_options = _adding(
+    choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT),
+    codec_options,
     option("--fit", "SIZE", _FIT),
     option("--kl", "NATS", _KL, type=click.FloatRange(0, min_open=True)),
     flag("--for-gpu", _FOR_GPU, cls=Rare),
@@ -167,7 +168,7 @@ fit_options = _adding(
 
 
 def precision(given: Json, config: Config, texts: Sequence[Path] = (), quiet: bool = False) -> Json:
-    """``resident`` and ``codecs`` that ``fit_options``, which go from ``given``, choose of a model,
+    """``resident`` and ``codecs`` that ``FITTING``, which go from ``given``, choose of a model,
     which is shown unless ``quiet``; else as they are there.  Raises ``ConfigError``."""
     how = {name: given[name] for name in ("resident", "codecs")}
     size, loss, triton = map(given.pop, FITTING)

@@ -52,9 +52,7 @@ _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has roo
 @click.command(name="plan", cls=options.Command)
 @options.MODEL
 @options.option("--gpu", "NAME", _GPU_HELP, shell_complete=options.completing(lambda: advice.GPUS))
-@options.RESIDENT
-@options.codec_options
-@options.fit_options
+@options.precision_options
 @options.count("--prompt-tokens", None, _PROMPT_HELP)
 @options.count("-n --max-new-tokens", 128, "Tokens to generate.")
 @options.option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")

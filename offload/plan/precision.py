@@ -86,10 +86,9 @@ def expected(config: Config, codec: str, bits: str, resident: str, calibrated: b
     """Of experts and resident weights together: the sum of what each does alone.  Codes that are
     kept, and bf16, cost nothing."""
     lost = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
-    if " " in resident:
-        groups = groups_of(config).items()
-        return lost + sum(_part(group, names[0], resident, calibrated) for group, names in groups)
-    return lost if resident == "bf16" else lost + _alone({"resident": resident}, calibrated)
+    lost += 0.0 if resident == "bf16" else _alone({"resident": resident.split()[0]}, calibrated)
+    groups = groups_of(config).items() if " " in resident else ()
+    return lost + sum(_more(group, names[0], resident, calibrated) for group, names in groups)
 
 
 def _alone(choice: Json, calibrated: bool) -> float:
@@ -124,12 +123,12 @@ def groups_of(config: Config) -> dict[Group, list[str]]:
     return groups
 
 
-def _part(group: Group, name: str, resident: str, calibrated: bool) -> float:
-    """What a group that has ``name`` adds to what resident weights are expected to lose."""
+def _more(group: Group, name: str, resident: str, calibrated: bool) -> float:
+    """What a group that has ``name`` is expected to lose beyond what it does in int8."""
     known, (kind, third), code = measured()["groups"], group, code_of(name, resident)
     thirds: list[float] = known[kind if kind in known else _LIKE[role_of(name)]]
     left = _LEFT if calibrated and code not in ("none", "int8") else 1.0
-    return thirds[min(third, len(thirds) - 1)] * _SQUARED[code] * left
+    return thirds[min(third, len(thirds) - 1)] * (left * _SQUARED[code] - _SQUARED["int8"])
 
 
 def expert_choices(config: Config) -> dict[tuple[str, str], ExpertCodecs]:
@@ -167,7 +166,7 @@ def fitted(
     )
     found = list[Fit]()
     for (codec, bits), experts in expert_choices(config).items():
-        alone, now = expected(config, codec, bits, "bf16", calibrated), [it[0] for it in groups]
+        alone, now = expected(config, codec, bits, "int8", calibrated), [it[0] for it in groups]
         lost = alone + sum(code[1] for code in now)
         nbytes = export_bytes(config, sizes_of(config, _mode(now), experts))
         if codecs not in (None, experts) or (triton and gpu_kernels("int8", experts) == "torch"):
@@ -191,7 +190,7 @@ def fitted(
     raise ConfigError(f"no codes lose as little as --kl: the best take {reach}; give {more}")
 
 
-Coding = tuple[int, float, str]  # of a group: bytes, its part of the loss, and the rule for a mode
+Coding = tuple[int, float, str]  # of a group: bytes, what it adds to the loss, rule for a mode
 
 
 def _mode(now: Iterable[Coding]) -> str:
@@ -211,7 +210,7 @@ def _codes(
         allowed += ["none"] * small
     for code in allowed:
         rule = "" if code == "int8" else f" {group[0]}@{first}-{last}={code}"
-        lost = _part(group, names[0], "int8" + rule, calibrated)
+        lost = _more(group, names[0], "int8" + rule, calibrated)
         sizes = (shapes.resident_bytes(role, all_shapes[n], "int8" + rule, n) for n in names)
         codes.append((sum(sizes), lost, rule))
     return sorted(codes)
