@@ -95,15 +95,10 @@ class DeltaAttention:
             (rows_SX,), first = cache.inputs.extend(layer, position, new_1TX)
             for step in cache.states.steps(layer, position, position + count):
                 past = min(CONVOLVED - 1, step.at)
-                folded = DeltaRows(
-                    rows_SX[step.at - past - first : step.stop - first],
-                    past,
-                    step.before,
-                    step.after,
-                    step.folds - step.at,
-                )
+                read_SX = rows_SX[step.at - past - first : step.stop - first]
+                rows = DeltaRows(read_SX, past, step.before, step.after, step.folds - step.at)
                 z_SX = z_TX[done + max(position, step.at) : done + step.stop]
-                outputs.append(backend.delta(folded, z_SX, w, g.delta, g.eps))
+                outputs.append(backend.delta(rows, z_SX, w, g.delta, g.eps))
             start += count
         o_TX = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return backend.linear(o_TX, w.out_proj)

@@ -79,7 +79,7 @@ class NamedSession(AbstractContextManager["NamedSession"]):
         try:
             self.saved = _load(self.path) if self.path.exists() else None
         except BaseException:
-            self.close()
+            os.close(self._lock)
             raise
 
     def save(self, saved: Saved) -> None:
@@ -92,11 +92,8 @@ class NamedSession(AbstractContextManager["NamedSession"]):
             blocks.write_private(self.path, [text.encode()])
         self.saved = saved
 
-    def close(self) -> None:
-        os.close(self._lock)
-
     def __exit__(self, *raised: object) -> None:
-        self.close()
+        os.close(self._lock)
 
 
 def listing(folder: Path) -> list[Listed]:

@@ -20,7 +20,7 @@ from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.formats import ContentDelta, described, joined, parse_arguments
-from slotmoe.tools.serve.requests import Call, Message, Text, TextOr
+from slotmoe.tools.serve.requests import Call, FunctionName, Message, Text, TextOr
 from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
@@ -88,7 +88,7 @@ class Block(requests.Fields):
     context: Text | None = None
     content: "Result | None" = None
     tool_name: requests.Name | None = None
-    tool: requests.FunctionName | None = None
+    tool: FunctionName | None = None
     id: requests.CallId | None = None
     name: requests.Name | None = None
     input: Json | None = None
@@ -121,9 +121,7 @@ class Block(requests.Fields):
                 return f"\n<search_result {about}>\n{text}\n</search_result>\n"
             case Block(type="tool_reference", tool_name=str(name)):
                 return offer.change(name, True)
-            case Block(
-                type="tool_addition" | "tool_removal", tool=requests.FunctionName(name=name)
-            ):
+            case Block(type="tool_addition" | "tool_removal", tool=FunctionName(name=name)):
                 return offer.change(name, self.type == "tool_addition")
             case Block(type="tool_use", id=str(), name=str(), input=dict()):
                 return ""

@@ -219,16 +219,15 @@ class Reader:
         self, marks: CallFormat, tags: tuple[str, str, str]
     ) -> Iterator[ContentDelta | None]:
         """Name and arguments of a call, to its tail."""
-        name, written, tail = "", 0, marks.tail
+        name, comma, tail = "", "", marks.tail
         is_named = bool(marks.middle)
         if is_named:
             name = yield from self._skip(marks.middle)
             yield ContentDelta("{", call=self.calls, name=name)
         while True:
-            while tags[0] not in self._unread and tail not in self._unread:
+            while not (there := [mark for mark in (tail, tags[0]) if mark in self._unread]):
                 yield None
-            begins = {self._unread.find(mark): mark for mark in (tags[0], tail)}
-            mark = begins[min(position for position in begins if position >= 0)]
+            mark = min(there, key=self._unread.find)
             between = yield from self._skip(mark)
             if not is_named:
                 name, is_named = between.strip(), True
@@ -243,10 +242,9 @@ class Reader:
                 is_text = marks.kinds[0].startswith(kind)
             value = yield from self._skip(tags[2])
             shown = json.dumps(value, ensure_ascii=False) if is_text else value
-            comma = ", " if written else ""
-            written += 1
             text = f"{comma}{json.dumps(key, ensure_ascii=False)}: {shown}"
             yield ContentDelta(text, call=self.calls)
+            comma = ", "
 
     def _arguments(self) -> Iterator[ContentDelta | None]:
         """One JSON object, to the brace that closes it."""
