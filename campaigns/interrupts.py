@@ -35,7 +35,7 @@ COMMANDS = {
     "quantize": "quantize CHECKPOINT WORK/export",
     "verify": "verify EXPORT",
     "synth": "synth CHECKPOINT/config.json WORK/export",
-    "plan": "plan v2-lite",
+    "plan": "plan v2-lite --ram 8GiB",
     "bench": f"bench EXPORT --prompt-tokens 64 --decode-tokens 16 --repetitions 1 {OPTIONS}",
     "eval": "eval EXPORT --text TEXT --reference EXPORT --window 128",
     "profile": f"profile EXPORT hello -n 40 {OPTIONS} -o WORK/report",

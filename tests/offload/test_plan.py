@@ -146,7 +146,7 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
 
 
 LEAST = {
-    "v2": 25807755100,
+    "v2": 26310295668,
     "glm-5": 36720609228,
     "v4-flash": 17057933950,
     "qwen3-next-80b-a3b": 7687198888,
@@ -158,7 +158,7 @@ LEAST = {
 @pytest.mark.parametrize("name", LEAST)
 def test_least_bytes(name):
     """Of scratch for a token and for a step, and of plans without a budget; changes are meant."""
-    config, kernels = geometry(name), ("native", "triton", "torch")
+    config, kernels = geometry(name), ("native", "triton", "torch", "vulkan")[: 3 + (name == "v2")]
     found = [scratch_bytes(config, tokens, by) for by in kernels for tokens in (1, 512)]
     plans = [plan_of(config, 0, drafts=True, **it).total for it in ({}, GPU | {"sequences": 2})]
     assert sum(found + plans) == LEAST[name]

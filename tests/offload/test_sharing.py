@@ -3,6 +3,7 @@ read once for all, and no short prompt waits for a long one."""
 
 import asyncio
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import Empty
@@ -225,7 +226,8 @@ def test_whose_an_error_is_says_what_it_ends(
         Runtime.open(small_export, context=256, sequences=2) as runtime,
         monkeypatch.context() as patch,
     ):
-        want, batch = [token.id for token in runtime.generate([5, 6, 7], 8)], runtime.engine.batch
+        began, batch = time.monotonic() - 1, runtime.engine.batch
+        want = [token.id for token in runtime.generate([5, 6, 7], 8)]
         runtime.keep_in(tmp_path)
         for place, (owner, name) in {
             "a pass": (batch.passes, "run"),
@@ -239,3 +241,4 @@ def test_whose_an_error_is_says_what_it_ends(
             runtime.engine.call(begin).read()
         with nullcontext() if goes_on else pytest.raises(ConfigError, match="the engine failed"):
             assert [token.id for token in runtime.generate([5, 6, 7], 8)] == want
+        assert 0 < batch.seconds <= time.monotonic() - began  # as the first guess says, or less
