@@ -188,8 +188,8 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
             const Blocks blocks = rows == 1 ? act + thread * out_blocks : act;
             double* factor = rows == 1 ? act_factor + thread : act_factor;
             // Each thread quantizes one token's activations for itself, once: cheaper than another phase.
-            if (rows == 1 && !held[thread]) by.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
-            held[thread] = true;
+            if (rows == 1 && !held[thread])
+                held[thread] = true, by.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
             multiply_tiles(by, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
             for (int64_t row = pass; row < pass + rows; row++) {
                 const int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
@@ -288,16 +288,13 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
         activate(isa, record, expert, row, count, gate + e * i + row, up + e * i + row);
     });
     // Expert by expert again: a thread reads long streams, and mostly activations that it has made itself.
-    struct {
-        int64_t expert = -1;  // whose activations the thread has quantized, which is cheaper than a phase for it
-        double factor;
-    } held[kMaxThreads];
+    double factors[kMaxThreads];
+    int64_t held[kMaxThreads] = {};  // whose activations, plus 1, a thread has quantized: cheaper than a phase for it
     job.each_part(k, out_tiles, [&](int thread, int64_t e, int64_t begin, int64_t end) {
         const Blocks blocks = act + thread * act_blocks;
-        double* factor = &held[thread].factor;
-        if (held[thread].expert != e)
-            by.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
-        held[thread].expert = e;
+        double* factor = factors + thread;
+        if (held[thread] != e + 1)
+            held[thread] = e + 1, by.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
         const int64_t row = begin * kTile, count = (end * kTile < h ? end * kTile : h) - row;
         const Expert expert = expert_at(records[e], record);
         float* out = y + rows[e] * h;

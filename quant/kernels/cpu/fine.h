@@ -15,13 +15,13 @@ inline void fine_blocks(const float* x, const Scaled& scaled, int64_t count, Fin
     alignas(64) float of_both[kPartsAtOnce], of_high[kPartsAtOnce];
     alignas(64) int8_t digits[2][kColumnsAtOnce];
     const F shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f);  // as in round_even
-    const F per_high = Lanes::broadcast(1.0f / 128), up = Lanes::broadcast(0.25f / 128), of_one = Lanes::broadcast(-128.0f);
+    const F inverse = Lanes::broadcast(1.0f / 128), up = Lanes::broadcast(0.25f / 128), minus = Lanes::broadcast(-128.0f);
     for (int i = 0; i < kPartsAtOnce; i++) {
         both[i] = Lanes::add(Lanes::add(scaled(x + i * kXBlock), shift), back);
         // (both + 64) >> 7: halves go up
-        highs[i] = Lanes::add(Lanes::add(Lanes::fma(both[i], per_high, up), shift), back);
+        highs[i] = Lanes::add(Lanes::add(Lanes::fma(both[i], inverse, up), shift), back);
         Lanes::store_int8(digits[0] + i * kXBlock, highs[i]);
-        Lanes::store_int8(digits[1] + i * kXBlock, Lanes::fma(highs[i], of_one, both[i]));
+        Lanes::store_int8(digits[1] + i * kXBlock, Lanes::fma(highs[i], minus, both[i]));
     }
     Lanes::sum_lanes(both, of_both), Lanes::sum_lanes(highs, of_high);
     for (int64_t b = 0; b < count; b++, out += t) {

@@ -89,11 +89,11 @@ inline F add_piece(__m512i high, __m512i low, F scale, F total) {
     return Lanes::fma(Lanes::to_float(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low)), scale, total);
 }
 
-// A few tokens. Sums become floats when the next piece's weights have been looked up, as those of `one_token`.
+// A few tokens. Sums become floats when the next piece's first weights have been looked up, as in `one_token`.
 template <class Tile, int Tokens, class At, class Finish>
 SLOTMOE_NOINLINE void coded_tokens(At at, const FineBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end,
                                    Finish finish) {
-    constexpr int kParts = Tile::kParts, kPairs = 8 / kParts, kEarly = Tokens == 1 ? kPairs : 2;
+    constexpr int kParts = Tile::kParts, kPairs = 8 / kParts;
     for (int64_t i = begin; i < end; i++) {
         Tile tile = at(i);
         F total[Tokens] = {}, scale = Lanes::zero();
@@ -108,28 +108,24 @@ SLOTMOE_NOINLINE void coded_tokens(At at, const FineBlock* x, int64_t t, int64_t
         for (int64_t b = 0; b < blocks; b++, block += t, tile.next()) {
             F scales[kParts];
             piece_scales(tile, scales);
-#pragma GCC unroll 2
-            for (int part = 0; part < kParts; part++) {
-                W w[kPairs][2];
 #pragma GCC unroll 8
-                for (int p = 0; p < kEarly; p++) tile.pair(part * kPairs + p, w[p][0], w[p][1]);
-                if (b || part) add();
-                scale = scales[part];
+            for (int p = 0; p < 8; p++) {
+                W w[2];
+                tile.pair(p, w[0], w[1]);
+                if (p % kPairs == 0) {
+                    if (b || p) add();
+                    scale = scales[p / kPairs];
 #pragma GCC unroll 4
-                for (int token = 0; token < Tokens; token++) {
-                    const int32_t* bias = block[token].bias;
-                    dots[token][0][0] = dots[token][0][1] = dots[token][1][1] = Lanes::start(0);
-                    dots[token][1][0] = Lanes::start(kParts == 2 ? bias[part] : bias[0] + bias[1]);
-                }
-#pragma GCC unroll 8
-                for (int p = 0; p < kPairs; p++) {
-                    if (p >= kEarly) tile.pair(part * kPairs + p, w[p][0], w[p][1]);
-                    const int columns = 8 * (part * kPairs + p);
-#pragma GCC unroll 16
-                    for (int k = 0; k < 4 * Tokens; k++) {
-                        Lanes::I& dot = dots[k / 4][k / 2 % 2][k % 2];
-                        dot = Lanes::dot_once(dot, w[p][k % 2], block[k / 4].digit[k / 2 % 2] + columns + 4 * (k % 2));
+                    for (int token = 0; token < Tokens; token++) {
+                        const int32_t* bias = block[token].bias;
+                        dots[token][0][0] = dots[token][0][1] = dots[token][1][1] = Lanes::start(0);
+                        dots[token][1][0] = Lanes::start(kParts == 2 ? bias[p / kPairs] : bias[0] + bias[1]);
                     }
+                }
+#pragma GCC unroll 16
+                for (int k = 0; k < 4 * Tokens; k++) {
+                    Lanes::I& dot = dots[k / 4][k / 2 % 2][k % 2];
+                    dot = Lanes::dot_once(dot, w[k % 2], block[k / 4].digit[k / 2 % 2] + 8 * p + 4 * (k % 2));
                 }
             }
             tile.prefetch();
