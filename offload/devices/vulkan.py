@@ -100,8 +100,8 @@ class VulkanDevice(Device):
 
     def copy(self, source: Region, target: Region, after: Event) -> Event:
         """Passes are over when their calls return, so there is nothing to come ``after``."""
-        copied = kernels.Copy(source.address, target.address, source.nbytes)
-        return _Copy(self.vulkan, self.vulkan.copy([copied]))
+        copies_13 = np.array([[source.address, target.address, source.nbytes]], np.uint64)
+        return _Copy(self.vulkan, self.vulkan.copy(copies_13))
 
     def wait(self, event: Event) -> None:
         event.synchronize()
@@ -121,17 +121,28 @@ class PlacedExperts(Experts):
         super().__init__(layers, records, slots, backend, device)
         assert isinstance(backend, VulkanBackend) and isinstance(slots.source, HostTier)
         backend.layout, self._host, self._brings = records.layout, slots.source, True
-        self._near_N, self._far_N = (
-            np.array([record.address for record in tier.store.records], np.uint64)
+        self._vulkan = backend.vulkan
+        self._near_N, self._far_N = (  # of slots; behind them 0 for -1, which is none
+            np.array([*(record.address for record in tier.store.records), 0], np.uint64)
             for tier in (slots, slots.source)
         )
+        self._slots_N, self._ram_N = (
+            tier.store.table_ME.view(-1).numpy() for tier in (slots, slots.source)
+        )
+        # What shaders read, and the changes of both that are in it.
+        self._table_N, self._seen = np.empty(0, np.uint64), [-1, -1]
+        # Experts that are copied to their slots, and read in RAM until that is done: ``_copied``.
+        self._coming, self._copied = list[int](), 0
+        self._coming_N = np.empty(0, np.int64)
+        self._copies_N3 = np.full((slots.staging, 3), slots.record_bytes, np.uint64)
 
     def load_kernels(self, hidden_size: int, top_k: int) -> None:
         """They are there."""
 
     def begin(self, tokens: int, sequences: int = 1) -> None:
-        """A pass begins: what was copied meanwhile is cached."""
+        """A pass begins: what was copied meanwhile is read in slots."""
         self._host.release_all()
+        self._arrive(0)
         self.slots.admit_guesses()
         self._host.advance(tokens)
         super().begin(tokens, sequences)
@@ -139,12 +150,14 @@ class PlacedExperts(Experts):
     def write_addresses(self, table_ME: NDArray[np.uint64]) -> None:
         """See ``slotmoe.quant.backends.vulkan``."""
         near, host = self._store, self._host
-        if not (near.changed or host.store.changed or self._brings):
+        changes = [near.changes, host.store.changes]
+        if changes == self._seen and not self._brings:
             return
-        host.store.changed = False  # other threads add to its table, and take nothing away
-        near_ME, far_ME = self.slots.slots_ME.numpy(), host.store.table_ME.numpy()
-        far_ME = np.where(far_ME >= 0, self._far_N[far_ME], 0)
-        np.copyto(table_ME, np.where(near_ME >= 0, self._near_N[near_ME], far_ME)[: len(table_ME)])
+        self._seen = changes  # other threads add to RAM, and take nothing away
+        self._table_N = table_N = table_ME.reshape(-1)
+        near_N, far_N = self._near_N[self._slots_N], self._far_N[self._ram_N]
+        near_N[self._coming] = 0
+        np.copyto(table_N, np.where(near_N, near_N, far_N))
         for read, slot in host.acquired.items():
             if near.state(read.expert_id) is not CACHED:
                 table_ME.flat[read.expert_id] = slot.record.address
@@ -156,6 +169,7 @@ class PlacedExperts(Experts):
         """Bring what a layer lacks, in parts if that is more than RAM lends: each is there, and
         alone, until the next is asked for; whether there is one."""
         host, slots, cached = self._host, self.slots, self._cache.cached
+        self._arrive()
         ids = [id for id in self._uses(moe_layer, indices) if id not in cached]
         self._fetched += len(ids)
         lends = len(host.store.records) - host.cache.slots - slots.staging
@@ -175,6 +189,7 @@ class PlacedExperts(Experts):
             for read in lent:
                 if read.error is not None:
                     raise read.error
+            self._store.rank()
             self._brings = True
             self.write_addresses(table_ME)
             table_ME[moe_layer, done_E] = 0
@@ -184,15 +199,38 @@ class PlacedExperts(Experts):
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """And what was used goes on to slots, as far as the cache would keep it."""
         super().passed(layer, indices_MTK, x_MTD)
-        used, self._missed = self._missed, []
-        self._host.release_all()
-        self._host.note_uses(used)
-        self._keep(used)
+        used_N, self._missed_N = self._missed_N, self._missed_N[:0]
+        if len(used_N):
+            self._host.release_all()
+            self._host.note_uses(used_N.tolist())
+            self._keep(used_N[self._ram_N[used_N] >= 0])
 
-    def _keep(self, used: list[int]) -> None:
-        """Begin copies, as many as may be on their way, of what they pay for; once there, it
-        takes the place of what is worth least."""
-        store, host = self._store, self._host.store
-        for id in self._cache.worth_a_copy(used) if self.slots.has_staging() else ():
-            if store.state(id) <= STALE and host.state(id) is CACHED:
-                self.slots.prefetch(id, _ONWARD)
+    def _keep(self, used_N: NDArray[np.int64]) -> None:
+        """Begin copies of what is in RAM: into free room, or by one submit, if none is under way,
+        of what they pay for into the slots of what is worth least."""
+        store = self._store
+        if self.slots.room():
+            for id in used_N.tolist():
+                if store.state(id) <= STALE:
+                    self.slots.prefetch(id, _ONWARD)
+        elif not (self._coming or store.staged):
+            new_N, gone_N = self._cache.pairs(used_N, len(self._copies_N3))
+            if not (count := len(new_N)):
+                return
+            copies_N3 = self._copies_N3[:count]
+            copies_N3[:, 0] = self._far_N[self._ram_N[new_N]]
+            copies_N3[:, 1] = self._near_N[self._slots_N[gone_N]]
+            self._copied = self._vulkan.copy(copies_N3)
+            self._coming_N, self._coming = new_N, new_N.tolist()
+            self._host.refer(self._coming, 1)
+            self._table_N[gone_N] = self._far_N[self._ram_N[gone_N]]
+            store.exchange(new_N, gone_N)
+            self._seen[0] += 1
+
+    def _arrive(self, nanoseconds: int = kernels.FOREVER) -> None:
+        """What is copied is read in its slots, if that is done in time."""
+        if self._coming and self._vulkan.wait(self._copied, nanoseconds):
+            self._host.refer(self._coming, -1)
+            self._host.bytes_copied += len(self._coming) * self.slots.record_bytes
+            self._table_N[self._coming_N] = self._near_N[self._slots_N[self._coming_N]]
+            self._coming = []

@@ -117,6 +117,7 @@ class Experts:
         self._layers = layers  # in their order
         self.records, self._store = records, slots.store
         self._count = len(layers) - has_head  # of the network's
+        self._firsts_M11 = slots.cache.experts * np.arange(len(layers))[:, None, None]  # ids
         # Where graphs find the slots of experts that have arrived.
         self._group_E = device.empty((slots.cache.experts,), torch.int32)
         self._none_ME = torch.full((self._count, slots.cache.experts), -1, dtype=torch.int32)
@@ -124,7 +125,7 @@ class Experts:
         self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
         self._pass = Progress()
-        self._missed = list[int]()  # experts that a backend has computed without a slot
+        self._missed_N = np.empty(0, np.int64)  # what the last pass computed without a slot
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = 0
@@ -199,9 +200,8 @@ class Experts:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
             seen_MTD = chosen.others()[0].numpy() if inputs else None
-            firsts_M = self._cache.experts * np.arange(first, first + len(indices_MTK))
-            ids_MTK = chosen.get().numpy() + firsts_M[:, None, None]
-            self._missed += self._cache.use(ids_MTK, 0, seen_MTD)
+            ids_MTK = chosen.get().numpy() + self._firsts_M11[first : first + len(indices_MTK)]
+            self._missed_N = self._cache.use(ids_MTK, 0, seen_MTD)
             heard = chosen.get().tolist() if self._listeners or self.lookahead is not None else []
             for moe_layer, indices in enumerate(heard, first):
                 uses = self._uses(moe_layer, indices)

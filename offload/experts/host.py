@@ -131,6 +131,12 @@ class HostTier:
         for read in list(self.acquired):
             self.release(read)
 
+    def refer(self, expert_ids: Iterable[int], references: int) -> None:
+        """So many more uses of each, which is cached, or fewer."""
+        with self._lock:
+            for expert_id in expert_ids:
+                self.store.refer(self.store.of[expert_id], references)
+
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins."""
         with self._lock:

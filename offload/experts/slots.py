@@ -88,14 +88,15 @@ class Slots:
         self.store = ExpertStore(cache, self.slab.split(size), ready)
         # What the device was told last of the store's table.
         self._told_ME = device.empty((cache.layers, cache.experts), torch.int32).fill_(-1)
+        self._told = 0  # changes
 
     @property
     def slots_ME(self) -> Tensor:
         """The slot of each cached expert, int32 [MoE layers, E] on the device; -1 of the others.
         All changes since the last look go there at once."""
-        if self.store.changed:
+        if self._told != self.store.changes:
+            self._told = self.store.changes
             self._device.write(self.store.table_ME, self._told_ME)
-            self.store.changed = False
         return self._told_ME
 
     @property

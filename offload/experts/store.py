@@ -38,7 +38,7 @@ from operator import attrgetter
 import torch
 
 from slotmoe.offload.devices.device import Event, Region
-from slotmoe.offload.policy.cache import Cache
+from slotmoe.offload.policy.cache import Array, Cache
 
 # Urgencies: the highest, then those of prefetches, layers until their use, and of what fills slots.
 DEMAND, FILL = 0, 1 << 30
@@ -111,9 +111,9 @@ class ExpertStore:
         self._ranks = range(1, 1)
         # Experts that are in use, here or not.
         self.held_N = cache.held_N
-        # The slot of each cached expert, -1 of the others, and whether that has changed.
+        # The slot of each cached expert, -1 of the others, and how often that has changed.
         self.table_ME = torch.full((cache.layers, cache.experts), -1, dtype=torch.int32)
-        self._table_N, self.changed = self.table_ME.view(-1).numpy(), False
+        self._table_N, self.changes = self.table_ME.view(-1).numpy(), 0
         self.leaving = 0  # slots
         self._filling = iter(range(0))
         self.slots: list[Slot] = []
@@ -165,6 +165,18 @@ class ExpertStore:
         if evicted is not None:
             self.move(self.of[evicted], STALE)
         self.move(slot, CACHED)
+
+    def exchange(self, new_N: Array, gone_N: Array) -> None:
+        """Each of ``new_N``, none of them staged, is cached in the slot of one of ``gone_N``, into
+        which the caller copies its record."""
+        for expert_id, other in zip(new_N.tolist(), gone_N.tolist(), strict=True):
+            if expert_id in self.of:
+                self.move(self.of[expert_id], FREE)
+            slot = self.of[expert_id] = self.of.pop(other)
+            slot.expert = expert_id
+        self._table_N[new_N], self._table_N[gone_N] = self._table_N[gone_N], -1
+        self.changes += 1
+        self.cache.exchange(new_N, gone_N)
 
     def give_up(self, slot: Slot, cancel: Callable[[Read], bool]) -> None:
         """A staged record is not wanted.  ``cancel(read)``: whether nothing writes there now."""
@@ -232,7 +244,7 @@ class ExpertStore:
         before, expert_id, slot.state = slot.state, slot.expert, state
         if before is CACHED:
             self.cache.remove(expert_id)
-            self._table_N[expert_id], self.changed = -1, True
+            self._table_N[expert_id], self.changes = -1, self.changes + 1
         elif before > STALE:
             if state is not ARRIVED and state is not LEAVING:
                 del self.staged[slot.index]
@@ -250,7 +262,7 @@ class ExpertStore:
             if state is CACHED:
                 slot.read = None
                 self.cache.add(expert_id)
-                self._table_N[expert_id], self.changed = slot.index, True
+                self._table_N[expert_id], self.changes = slot.index, self.changes + 1
             else:
                 slot.rank = slot.rank if slot.rank in self._ranks else 0
                 insort_left(self.available, slot, key=_rank)

@@ -58,13 +58,14 @@ class Cache:
         ids_TK = np.array(indices, np.int64) + moe_layer * self.experts
         self.use(ids_TK[None], later, None if x_TD is None else x_TD[None])
 
-    def use(self, ids_MTK: Array, later: int = 0, x_MTD: Array | None = None) -> list[int]:
+    def use(self, ids_MTK: Array, later: int = 0, x_MTD: Array | None = None) -> Array:
         """The same for expert ids, int64, of a layer each M; the distinct ones that are missing."""
         distinct_N = np.unique(ids_MTK) if ids_MTK.shape[1] > 1 else ids_MTK.ravel()
-        missing: list[int] = distinct_N[~self._cached_N[distinct_N]].tolist()
+        missing: Array = distinct_N[~self._cached_N[distinct_N]]
         self.hits += len(distinct_N) - len(missing)
         self.misses += len(missing)
-        self._touch(ids_MTK, self._now - later, x_MTD)
+        if len(self.cached) < len(self._cached_N):  # else nothing is ever evicted
+            self._touch(ids_MTK, self._now - later, x_MTD)
         return missing
 
     def victim(self, expert_id: int, must: bool = False) -> int | None:
@@ -79,19 +80,28 @@ class Cache:
         self.evictions += 1
         return victim
 
-    def worth_a_copy(self, expert_ids: Collection[int]) -> list[int]:
-        """Those absent ``expert_ids`` that a copy to a slot pays for, the best first.  One use
-        where it lies costs as much, so each is worth ``_COPIES`` of what is evicted."""
-        if not expert_ids or len(self.cached) < self.slots:
-            return [*expert_ids]
-        _, least, _ = self._least(min(expert_ids))
-        return self.by_worth(expert_ids, least * (_COPIES if self.bypass else 1))
+    def pairs(self, ids_N: Array, most: int) -> tuple[Array, Array]:
+        """Of absent experts in use, which get another order, those that a copy to a slot pays for,
+        the best first, and what leaves its slot for each."""
+        cached = np.flatnonzero(self._cached_N > self.held_N).tolist()
+        pairs = zip(self.by_worth(ids_N.tolist())[:most], self.by_worth(cached)[::-1], strict=False)
+        worth = self._worth_N.item
+        paying = [pair for pair in pairs if worth(pair[0]) > worth(pair[1])]
+        new_N, gone_N = np.array(paying, np.int64).reshape(-1, 2).T
+        return new_N, gone_N
 
-    def by_worth(self, expert_ids: Collection[int], above: float = -np.inf) -> list[int]:
-        """Those ``expert_ids``, cached or not, that are worth more than ``above``, that of least
-        worth last, of equals that of lowest id."""
+    def exchange(self, new_N: Array, gone_N: Array) -> None:
+        """The absent ``new_N`` are cached in place of those ``gone_N``."""
+        self.cached.difference_update(gone_N.tolist())
+        self.cached.update(new_N.tolist())
+        self._cached_N[gone_N], self._cached_N[new_N] = False, True
+        self.evictions += len(gone_N)
+
+    def by_worth(self, expert_ids: Collection[int]) -> list[int]:
+        """Those ``expert_ids``, cached or not, that of least worth last, of equals that of lowest
+        id."""
         ranked = sorted(zip(self._worths(expert_ids), expert_ids, strict=True), reverse=True)
-        return [expert_id for worth, expert_id in ranked if worth > above]
+        return [expert_id for _, expert_id in ranked]
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""
@@ -189,6 +199,14 @@ class Learned(Cache):
         super().add(expert_id)
         layer = expert_id // self.experts
         self._lowest_M[layer], self._longest_M[layer] = 0.0, np.inf
+
+    def pairs(self, ids_N: Array, most: int) -> tuple[Array, Array]:
+        """One use where it lies costs as much: each is worth ``_COPIES`` of what leaves."""
+        gone_N = np.empty(most, np.int64)
+        given = _address(ids_N), len(ids_N), _COPIES, most, _address(gone_N)
+        self._native.call("exchange", self._at, *given, self._found_at)
+        count = self._found.view(np.int64).item(0)
+        return ids_N[:count], gone_N[:count]
 
     def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
         inputs: tuple[int | None, ...] = None, 0, 0, None

@@ -25,6 +25,7 @@ from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels import vulkan as kernels
 from slotmoe.quant.shapes import WIDENED
 from slotmoe.state import LatentCache
+from slotmoe.system import Placement
 
 _ALIGNMENT = 256  # bytes, of a tensor among others
 _INT8 = 0
@@ -103,6 +104,10 @@ class VulkanBackend(TorchBackend):
         places = {name: row.ctypes.data for name, row in zip(names, self._places, strict=True)}
         self._step = kernels.Step(**places)
 
+    def run_on(self, placement: Placement) -> None:
+        """What torch still does is small: a thread that waited for more of it would take a core."""
+        torch.set_num_threads(1)
+
     def prepare(
         self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
     ) -> Prepared:
@@ -172,12 +177,13 @@ class VulkanBackend(TorchBackend):
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> None:
         """All of them: where experts are missing they are brought and it goes on."""
         placed: Any = experts  # ``slotmoe.offload.devices.vulkan.PlacedExperts``
-        views, step, T, at = self._views, self._step, len(chunk.h_TD), 0
+        views, step, T, at = self._views, self._step, chunk.h_TD.shape[0], 0
         caches = cast(Sequence[LatentCache], chunk.caches)
         for cache, before, count in zip(caches, chunk.before, chunk.counts, strict=True):
             rows, first = cast(DeviceRows, cache.layers), cache.length + before
-            self._places[0, at : at + count] = range(first, first + count)
-            self._places[1:, at : at + count] = [[rows.address], [rows.layer_bytes]]
+            self._places[0, at : at + count] = np.arange(first, first + count)
+            self._places[1, at : at + count] = rows.address
+            self._places[2, at : at + count] = rows.layer_bytes
             at += count
         ends = chunk.ends and T <= kernels.ROWS
         last, moe_layer, parts = views.logits_end if ends else views.hidden_end, 0, iter([False])
@@ -206,9 +212,10 @@ class VulkanBackend(TorchBackend):
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         """The head's; of rows that the last pass has ended with it is there already."""
-        row = (x_TK.data_ptr() - self._ended_TD.data_ptr()) // (4 * x_TK.shape[1])
-        if 0 <= row <= len(self._ended_TD) - len(x_TK):
-            return self._logits_TV[row : row + len(x_TK)].clone()
+        T, K = x_TK.shape
+        row = (x_TK.data_ptr() - self._ended_TD.data_ptr()) // (4 * K)
+        if 0 <= row <= self._ended_TD.shape[0] - T:
+            return self._logits_TV[row : row + T].clone()
         self._ended_TD, views, parts = self._ended_TD[:0], self._views, list[Tensor]()
         for rows_TD in x_TK.contiguous().split(kernels.ROWS):
             given = {"rows": len(rows_TD), "hidden": rows_TD.data_ptr()}

@@ -1,6 +1,6 @@
 """Cache policies beside plain Python: in any order of events, and on recorded routing."""
 
-from itertools import chain, combinations
+from itertools import chain, combinations, takewhile
 
 import numpy as np
 from hypothesis import strategies as st
@@ -88,9 +88,10 @@ class Policy(RuleBasedStateMachine):
             for id in sorted({*chain(*ids)} - self.cached):
                 self.offer(id, pinned={*ids[-1]}, must=False)
 
-    @rule(tokens=PASS)
-    def read_at_once(self, tokens):
-        """A pass through all layers, wherever experts lie."""
+    @rule(tokens=PASS, most=st.integers(1, 5))
+    def read_at_once(self, tokens, most):
+        """A pass through all layers, wherever experts lie; the best that were missing then get the
+        slots of the worst, if that pays."""
         self.cache.advance(len(tokens))
         self.now += len(tokens)
         indices_MTK, cached = np.array(tokens).swapaxes(0, 1), {*self.cached}
@@ -100,6 +101,18 @@ class Policy(RuleBasedStateMachine):
         for layer in range(LAYERS):
             self.use(layer, ids[layer].tolist(), 0, told=True)
         self.learned.layer = None  # no layer's turn is nearer than another's
+        self.cache.held_N[:] = False
+        if len(self.cached) == self.cache.slots:
+            worths, factor = self.worths(), 2 if isinstance(self.cache, Learned) else 1
+            best, *worst = (sorted(of, key=lambda id: (worths[id], id)) for of in (missing, cached))
+            pairs = zip(best[: -most - 1 : -1], *worst, strict=False)
+            paying = takewhile(lambda pair: worths[pair[0]] > factor * worths[pair[1]], pairs)
+            new, gone = np.array([*paying], int).reshape(-1, 2).T.tolist()
+            found = self.cache.pairs(missing, most)
+            assert [new, gone] == [ids_N.tolist() for ids_N in found]
+            self.cache.exchange(*found)
+            self.cached = self.cached.difference(gone) | {*new}
+            self.counts["evictions"] += len(gone)
 
     def use(self, layer, ids, later, told=False):
         tokens, used = [[id % EXPERTS for id in token] for token in ids], {*chain(*ids)}

@@ -3,6 +3,7 @@ lost or used twice, none kept by a pass that has ended."""
 
 from random import Random
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -51,6 +52,16 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def rank(self):
         self.store.rank()
+
+    @precondition(lambda self: not self.store.staged)
+    @rule(most=st.integers(1, 3))
+    def exchange(self, most):
+        """Records are copied into slots of others."""
+        store, cached = self.store, sorted(self.slots.cache.cached)
+        pairs = [*zip({*range(ROWS * EXPERTS)}.difference(cached), cached, strict=False)][:most]
+        for new, gone in pairs:
+            store.of[gone].record.tensor.fill_(new + 1)
+        store.exchange(*np.array(pairs, int).reshape(-1, 2).T)
 
     @rule()
     def fill(self):

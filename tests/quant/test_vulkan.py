@@ -5,6 +5,7 @@ import mmap
 from contextlib import suppress
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,10 +67,10 @@ def test_copies_between_all_kinds():
     imported = device.allocate(vk.IMPORTED, size, host)
     mapped, own = device.allocate(vk.MAPPED, size), device.allocate(vk.DEVICE, size)
     ctypes.memmove(host, data.data_ptr(), size)
-    first = device.copy([vk.Copy(imported.address, own.address, size)])
+    first = device.copy(np.array([[imported.address, own.address, size]], np.uint64))
     half = size // 2
     parts = (own.address + half, mapped.address, half), (own.address, mapped.address + half, half)
-    last = device.copy([vk.Copy(*part) for part in parts])  # behind the first
+    last = device.copy(np.array(parts, np.uint64))  # behind the first
     assert device.wait(last) and device.wait(first, 0)
     moved = (ctypes.c_uint8 * size).from_address(mapped.mapped)
     assert bytes(moved) == bytes(data.roll(half).tolist())
@@ -80,8 +81,8 @@ REFUSALS = {
     "beyond an allocation": (lambda d: d.allocate(vk.DEVICE, 1 << 60), vk.REFUSED, "more than one"),
     "part of a page": (lambda d: d.allocate(vk.IMPORTED, 100, 1 << 20), vk.NO_IMPORT, "pages"),
     "no memory": (lambda d: d.allocate(vk.DEVICE, 0), 1, "no memory"),
-    "a stranger's address": (lambda d: d.copy([vk.Copy(64, 64, 64)]), 1, "outside"),
-    "nothing": (lambda d: d.copy([]), 1, "nothing"),
+    "a stranger's address": (lambda d: d.copy(np.full((1, 3), 64, np.uint64)), 1, "outside"),
+    "nothing": (lambda d: d.copy(np.empty((0, 3), np.uint64)), 1, "nothing"),
     "the future": (lambda d: d.wait(1 << 40), 1, "not submitted"),
     "no such device": (lambda d: vk.Vulkan(99), vk.NO_DEVICE, "no Vulkan device 99"),
 }
@@ -159,7 +160,7 @@ def test_a_device_that_does_not_answer():
     loader = Loader("WaitSemaphores", 1, TIMEOUT)
     device = vk.Vulkan(0, loader.address)
     memory = device.allocate(vk.MAPPED, 64)
-    value = device.copy([vk.Copy(memory.address, memory.address + 32, 32)])
+    value = device.copy(np.array([[memory.address, memory.address + 32, 32]], np.uint64))
     with pytest.raises(vk.VulkanError, match="not answered for 1000 ms") as caught:
         device.wait(value, 10**9)
     assert caught.value.code == vk.TIMED_OUT

@@ -129,6 +129,42 @@ EXPORT int slotmoe_least(const Policy* policy, int64_t newcomer, int64_t now, do
     }
 }
 
+// Which of the absent ids [n], the best first, take the slots of others: each is worth more than `factor` of what is
+// `gone` for it [most], of which at most that many are, of equals the lowest id first. To `count` how many.
+EXPORT int slotmoe_exchange(Policy* policy, int64_t* ids, int64_t n, double factor, int64_t most, int64_t* gone,
+                            int64_t* count) {
+    Policy& p = *policy;
+    constexpr int64_t kAtOnce = 64;
+    const auto worth = [&](int64_t id) { return worth_of(p, id / p.experts, p.chance[id], p.wait[id]); };
+    double cut = 0.0, worths[kAtOnce];
+    for (int64_t i = 0; i < n; i++) cut = std::max(cut, worth(ids[i]) / factor);
+    int64_t found = 0;
+    for (int64_t l = 0, first = 0; most > 0 && l < p.layers; l++, first += p.experts) {
+        for (int64_t from = first; from < first + p.experts; from += kAtOnce) {
+            const int64_t these = std::min(kAtOnce, first + p.experts - from);
+            for (int64_t i = 0; i < these; i++) worths[i] = worth_of(p, l, p.chance[from + i], p.wait[from + i]);
+            for (int64_t i = 0; i < these; i++) {
+                if (!(worths[i] < cut) || !p.cached[from + i] || p.held[from + i]) continue;
+                int64_t at = found < most ? found++ : most - 1;
+                for (; at > 0 && worth(gone[at - 1]) > worths[i]; at--) gone[at] = gone[at - 1];
+                gone[at] = from + i;
+                if (found == most) cut = worth(gone[most - 1]);
+            }
+        }
+    }
+    const auto pays = [&](int64_t id) { return found && worth(id) > factor * worth(gone[0]); };
+    const auto better = [&](int64_t a, int64_t b) {
+        const double x = worth(a), y = worth(b);
+        return x > y || (x == y && a > b);
+    };
+    std::sort(ids, std::partition(ids, ids + n, pays), better);
+    for (*count = 0; *count < std::min(n, found) && worth(ids[*count]) > factor * worth(gone[*count]); ++*count) {
+        const int64_t layer = ids[*count] / p.experts;
+        p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
+    }
+    return kOk;
+}
+
 // The id that `sample` of model/generate.py gives by a `number` from 0 to 1, for limits by top-k or top-p; -1 where sums
 // in another order, or in the precision of those of unlikely ids, could give another one, or likely ids are very many.
 EXPORT int slotmoe_choose(const float* x, int64_t v, double temperature, double top_p, int64_t top_k, double min_p,

@@ -21,7 +21,7 @@ from slotmoe.quant.kernels.cpu import bindings
 NO_DEVICE, REFUSED, LOST, TIMED_OUT, NO_IMPORT = 2, 5, 6, 7, 8  # codes of `VulkanError`
 DEVICE, MAPPED, IMPORTED = range(3)  # kinds of memory
 ROWS = 8  # of a step that makes logits, and of one that is recorded once; more go in tiles
-_FOREVER = (1 << 63) - 1
+FOREVER = (1 << 63) - 1
 _TYPES: dict[str, Any] = {"int": c_int64, "address": c_uint64, "pointer": c_void_p}
 _TYPES |= {"double": c_double, "text": c_char * 256, "places": c_int64 * 5}
 
@@ -47,7 +47,6 @@ def structure(text: str, **types: Any) -> Any:
 
 DeviceInfo = structure("text: name problem int: kind heap")
 Limits = structure("allocation import_alignment unified has_budget threads separate_copies")
-Copy = structure("address: source target int: bytes")
 Matrix = structure("kind n k address: data scale levels")
 Layer = structure(
     "address: input_norm query_norm latent_norm next_norm matrix: query query_b latent kv_b out"
@@ -132,10 +131,11 @@ class Vulkan:
         call("allocate", self._handle, kind, nbytes, host, byref(address), byref(mapped))
         return Memory(address.value, mapped.value)
 
-    def copy(self, copies: list[Any]) -> int:
-        """Start copies; gives what ``wait`` waits for."""
-        value, table = c_uint64(), (Copy * len(copies))(*copies)
-        call("copy", self._handle, table, len(copies), byref(value))
+    def copy(self, copies_N3: NDArray[np.uint64]) -> int:
+        """Start copies, each of a source's and a target's address and bytes, all by one submit;
+        gives what ``wait`` waits for."""
+        value = c_uint64()
+        call("copy", self._handle, copies_N3.ctypes.data, len(copies_N3), byref(value))
         return value.value
 
     def _move(
@@ -147,7 +147,7 @@ class Vulkan:
 
     write, read = partialmethod(_move, "write"), partialmethod(_move, "read")
 
-    def wait(self, value: int, nanoseconds: int = _FOREVER) -> bool:
+    def wait(self, value: int, nanoseconds: int = FOREVER) -> bool:
         """Wait for a submit or a copy; 0 only asks whether it is over."""
         reached = c_int64()
         call("wait", self._handle, value, nanoseconds, byref(reached))
