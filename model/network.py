@@ -11,7 +11,7 @@ layers.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from operator import add
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from slotmoe.border import NO_TIMER, Chunk, Mixing, Timer
+from slotmoe.border import NO_TIMER, Chunk, Ends, Mixing, Timer
 from slotmoe.model import names
 from slotmoe.model.attention_config import Rope
 from slotmoe.model.config import Config
@@ -31,7 +31,6 @@ from slotmoe.state import SequenceState
 States: TypeAlias = Sequence[SequenceState]
 _PIECE = 512  # rows whose doubly wide input is in memory at once
 _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
-_TABLE = 128  # positions whose rotations are made together
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -62,38 +61,31 @@ class Positions:
             return (angles_C * bool(config.family.rotated)).to(where.device)
 
         self._rope, compressed, self._backend = config.rope, config.compressed, backend
-        self._frequencies_C = own_C = frequencies(config.rope)
+        self.frequencies_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
-        self._is_plain = compressed is None and not config.rope.llama_4_scaling_beta
 
-        @lru_cache(maxsize=8)
-        def table(first: int) -> Tensor:  # of so many positions together
-            positions_S = torch.arange(first, first + _TABLE + _FEW, device=own_C.device).float()
-            return backend.rotations(positions_S, own_C, config.rope.table_scale)
-
-        self._table = table
-
-    def chunk(self, h_TD: Tensor, *of: Any) -> Chunk:
-        """A chunk ``of`` the rest that ``Chunk`` begins with, from ``caches`` on."""
+    def chunk(self, h_TD: Tensor, *of: Any, embeds: bool = False) -> Chunk:
+        """A chunk ``of`` the rest that ``Chunk`` begins with, from ``caches`` on.  A runner that
+        ``embeds`` rotates by itself."""
         caches, before, counts, *_ = of
-        starts = [cache.length + count for cache, count in zip(caches, before, strict=True)]
-        chunk = Chunk(h_TD, h_TD, None, *of)
-        if self._is_plain and h_TD.shape[0] <= _FEW + 1:
-            parts = []
-            for start, count in zip(starts, counts, strict=True):
-                at = start % _TABLE
-                parts.append(self._table(start - at)[at : at + count])
-            chunk.rope_TC = parts[0] if len(parts) == 1 else torch.cat(parts)
+        chunk, rope, scales = (
+            Chunk(h_TD, h_TD, None, *of),
+            self._rope,
+            self._rope.llama_4_scaling_beta,
+        )
+        chunk.compressed_C = self._compressed_C
+        if embeds and not scales and self._compressed_C is None:
             return chunk
-        arange, rope = partial(torch.arange, device=h_TD.device), self._rope
+        starts = [cache.length + count for cache, count in zip(caches, before, strict=True)]
+        arange = partial(torch.arange, device=self.frequencies_C.device)
         positions_T = torch.cat([*map(arange, starts, map(add, starts, counts))]).float()
-        if rope.llama_4_scaling_beta:
+        if scales:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
-            chunk.query_scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
+            chunk.query_scale_T = 1 + scales * torch.log(1 + lengths_T)
         rotations = partial(self._backend.rotations, positions_T)
-        chunk.rope_TC = rotations(self._frequencies_C, rope.table_scale)
+        if not embeds:
+            chunk.rope_TC = rotations(self.frequencies_C, rope.table_scale)
         if self._compressed_C is not None:
-            chunk.compressed_C = self._compressed_C
             chunk.compressed_rope_TC = rotations(self._compressed_C)
         return chunk
 
@@ -127,57 +119,62 @@ class Network:
         self._geometry = geometry_of(config)
         self._positions = Positions(config, self.norm, backend)
         self._layer_by_layer = LayerByLayer(self._geometry, self.layers, backend)
-        self._decoder = backend.decoder(self._geometry, self.layers)
-        backend.bind(self.embed_tokens, self.norm, self.lm_head)
+        weights_of = self.embed_tokens, self.norm, self.lm_head
+        ends = Ends(*weights_of, self._positions.frequencies_C, config.rope.table_scale)
+        self._decoder = backend.decoder(self._geometry, self.layers, ends)
+        self._unread_0D = self.norm.new_empty(0, 1)
+        self._ended: tuple[Tensor, Tensor | None] = self.norm, None  # what a pass gave, its logits
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
         self.timer: Timer = NO_TIMER
 
-    def forward(self, ids_T: Tensor, states: States, counts: Sequence[int] = ()) -> Tensor:
+    def forward(
+        self, ids_T: Tensor, states: States, counts: Sequence[int] = (), h_TD: Tensor | None = None
+    ) -> Tensor:
         """Append ``ids``, int64 [T], to the sequences of ``states``: ``counts`` of them to each, in
         order, or equally many.  Returns the residual stream after the last layer, float32 [T, D],
-        or several side by side, which lasts until the next call.
+        or several side by side, which lasts until the next call; ``h_TD`` is that before the first
+        one, if the ids do not say it.
 
         The states grow only when the whole pass is done, so a pass that raises can be repeated.
         """
-        counts = counts or [ids_T.shape[0] // len(states)] * len(states)
-        h_TD = self.backend.embed(ids_T, self.embed_tokens)
-        if self.config.hyper is not None:
-            h_TD = h_TD.repeat(1, self.config.hyper.mult)
-        return self.run(h_TD, states, counts, ids_T)
-
-    def run(
-        self, h_TD: Tensor, states: States, counts: Sequence[int], ids_T: Tensor | None = None
-    ) -> Tensor:
-        """``forward`` from the residual stream before the first layer on."""
+        T, size = ids_T.shape[0], self._chunk_tokens
+        counts = counts or [T // len(states)] * len(states)
         pairs = [*zip(states, counts, strict=True)]
         for state, count in pairs:
             state.begin(count)
         self.timer.mark("rest")
         runner: Runner | LayerByLayer = self._layer_by_layer
-        T, size = h_TD.shape[0], self._chunk_tokens
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
         if self._decoder and (few or self.backend.decodes_all):
             runner, size = self._decoder, min(size, self.rows)
+        if h_TD is None:
+            h_TD = self._unread_0D if runner.embeds else self._embedded(ids_T)
         chunks, ends = [], [*accumulate(counts, initial=0)]
         for start in range(0, T, size):
-            stop = min(start + size, T)
-            parts = [  # a sequence, its tokens before this chunk, and those in it
-                (state, max(start, first) - first, min(end, stop) - max(start, first))
-                for state, first, end in zip(states, ends, ends[1:], strict=False)
-                if first < stop and start < end
-            ]
+            of: Sequence[Any] = states, [0] * len(states), counts
             h_CD, ids_C = h_TD, ids_T
-            if size < T:
-                h_CD, ids_C = h_TD[start:stop], None if ids_T is None else ids_T[start:stop]
-            of_chunk = zip(*parts, strict=True)
-            chunks.append(self._positions.chunk(h_CD, *of_chunk, self.timer, ids_C))
+            if (stop := min(start + size, T)) - start < T:
+                h_CD, ids_C = h_TD[start:stop], ids_T[start:stop]
+                parts = [  # a sequence, its tokens before this chunk, and those in it
+                    (state, max(start, first) - first, min(end, stop) - max(start, first))
+                    for state, first, end in zip(states, ends, ends[1:], strict=False)
+                    if first < stop and start < end
+                ]
+                of = [*zip(*parts, strict=True)]
+            rest = self.timer, ids_C
+            chunks.append(self._positions.chunk(h_CD, *of, *rest, embeds=runner.embeds))
         chunks[-1].ends, waiting = True, chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]
         for state, count in pairs:
             state.done(count)
+        self._ended = chunks[-1].h_TD, chunks[-1].logits_TV
         return h_TD if len(chunks) > 1 else chunks[0].h_TD
+
+    def _embedded(self, ids_T: Tensor) -> Tensor:
+        h_TD = self.backend.embed(ids_T, self.embed_tokens)
+        return h_TD if self.config.hyper is None else h_TD.repeat(1, self.config.hyper.mult)
 
     def _advance(self, chunk: Chunk, runner: Runner | LayerByLayer) -> bool:
         """Take a chunk to and through the next layer with experts; False if there is none."""
@@ -190,7 +187,10 @@ class Network:
 
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer, or of
-        several."""
+        several; of all that a pass gave, until the next one."""
+        ended_TD, logits_TV = self._ended
+        if h_TD is ended_TD and logits_TV is not None:
+            return logits_TV
         if self._mixing is not None and self._geometry.hyper is not None:
             h_TD = self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
         how = self.norm, self.config.rms_norm_eps, self.lm_head
@@ -203,8 +203,9 @@ class Network:
         product of several rows differs from that of one in the last bit."""
         by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
         most = 1 if by_torch else self.rows or len(h_TD)
-        parts = h_TD.split(max(1, min(most, len(h_TD))))
-        return torch.cat([self.head(rows_TD) for rows_TD in parts])
+        if len(h_TD) <= most:
+            return self.head(h_TD)
+        return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(most)])
 
 
 class MtpHead:
@@ -270,7 +271,7 @@ class MtpHead:
                 x_PD = h_XD.view(len(ids_P), -1, e_PD.shape[1])
                 x_PD = (x_PD + backend.linear(e_PD, e_proj)[:, None]).flatten(1)
             rows_PD.copy_(x_PD)
-        return self._network.run(hidden_RD, [state], [len(ids_R)])
+        return self._network.forward(ids_R, [state], [len(ids_R)], hidden_RD)
 
 
 class _LastLayer:

@@ -194,6 +194,18 @@ class Layer(Generic[W]):
     mlp_mixing: Mixing | None
 
 
+@dataclass(frozen=True)
+class Ends(Generic[W]):
+    """What a network has before its layers and behind them; and the angles of a position, float32
+    in RAM, whose cosines and sines, times ``factor``, rotate pairs."""
+
+    embedding: W
+    norm_D: Tensor
+    head: W
+    frequencies_C: Tensor
+    factor: float
+
+
 class Router(NamedTuple):
     """What becomes of the gate's logits.
 
@@ -354,7 +366,9 @@ class Chunk:
     side by side.  Where ``x_TD`` is set, that layer lacks only its feed-forward: ``x_TD`` is the
     input of that, ``routed_TD`` the weighted sum of its routed experts, and ``mixed`` how the
     streams take it in.  ``lists_TL``, int32, are the rows that the last indexer has chosen for each
-    token, best known in ascending order, -1 behind the last.  The pass ``ends`` with this chunk.
+    token, best known in ascending order, -1 behind the last.  The pass ``ends`` with this chunk;
+    then a runner may give ``logits_TV``, float32, until the next pass.  A stream without rows is
+    before the embedding.
     """
 
     h_TD: Tensor
@@ -373,3 +387,4 @@ class Chunk:
     mixed: Mixed | None = None
     lists_TL: Tensor | None = None
     ends: bool = False
+    logits_TV: Tensor | None = None

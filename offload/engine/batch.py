@@ -9,6 +9,7 @@ there are sessions those on disk, are reused by later prompts of its owner that 
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Sequenced
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -59,6 +60,7 @@ class Batch:
         self.waiting: deque[Request] = deque()
         self._line: list[Request] = []  # those of them whose prompt is on its way in
         self._at: dict[Request, Row] = {}  # what the pass under way is for
+        self._logits: tuple[Tensor | None, Sequenced[Tensor]] = None, ()  # of a row, one by one
         self.is_long = False  # whether that pass is long enough to be asked about at each layer
         self.seconds = 1.0  # a request's usual time from its start to its end
         self.totals = Totals()
@@ -238,8 +240,10 @@ class Batch:
         """Let the sampler choose a token, and one more as long as it chooses what was drafted."""
         if (answer := request.answer) is None:
             return self._finish(request, request.end("stop"))
+        if row.logits_RV is not self._logits[0]:  # one text's lie always in the same memory
+            self._logits = row.logits_RV, row.logits_RV.unbind()
         added = len(row.ids)
-        for logits_V, drafted in zip_longest(row.logits_RV.unbind(), row.draft):
+        for logits_V, drafted in zip_longest(self._logits[1], row.draft):
             before = len(answer.ids)
             try:
                 piece = answer.take(logits_V)

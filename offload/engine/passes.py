@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class HeadDrafts:
             return [], []
         started = time.perf_counter()
         stream_RD = self.read(tokens, hidden_RD)
-        expected = int(self._compute(lambda: self._head.head(stream_RD[-1:])).argmax())
+        expected = int(self._compute(lambda: self._head.head(stream_RD))[-1].argmax())
         spent = time.perf_counter() - started
         self._expected, self._waited = (len(tokens), expected), 0
         self._seconds += RATE * (spent - self._seconds) if self._seconds else spent
@@ -192,6 +193,7 @@ class Passes:
         # What a step gives, computed; raises ``DeviceError``.
         self.compute = partial(model.device.run, ways_out=ways_out)
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
+        self._ids = lru_cache(maxsize=MOST_DRAFTED)(_ids)  # of the last passes, by their number
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
 
@@ -253,9 +255,11 @@ class Passes:
     def _run(self, rows: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
         model, network = self._model, self._model.network
-        ids = [row.ids + row.draft for row in rows]
+        ids, prompts = [row.ids + row.draft for row in rows], [row for row in rows if row.is_prompt]
         counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
-        ids_T = model.device.upload(torch.from_numpy(np.array(tokens, np.int64)))
+        memory, ids_T = self._ids(len(tokens))
+        memory[:] = tokens
+        ids_T = model.device.upload(ids_T)
 
         def step() -> tuple[Tensor, Tensor | None]:
             for row in rows:
@@ -264,18 +268,18 @@ class Passes:
             if model.experts.lookahead is not None:
                 model.experts.lookahead.read_tables(tokens)
             hidden_TD = network.forward(ids_T, [row.sequence.state for row in rows], counts)
-            if len(tokens) == 1 and rows[0].wanted:
-                return hidden_TD, network.head(hidden_TD)
+            if not prompts:
+                return hidden_TD, network.head_each(hidden_TD)
             parts = zip(rows, hidden_TD.split(counts), strict=True)
             wanted = [hidden_RD[len(row.ids) - 1 :] for row, hidden_RD in parts if row.wanted]
             return hidden_TD, network.head_each(torch.cat(wanted)) if wanted else None
 
         hidden_TD, logits_RV = self.compute(step)
         wanted_RV, at = _NONE if logits_RV is None else model.device.download(logits_RV).get(), 0
-        if len(tokens) == 1 and not rows[0].is_prompt:
+        if len(rows) == 1 and not prompts:
             rows[0].logits_RV = wanted_RV
             return rows[0].sequence.append(rows[0].ids, hidden_TD)
-        read = [(row, row.sequence.hidden_RD) for row in rows if row.is_prompt]
+        read = [(row, row.sequence.hidden_RD) for row in prompts]
         for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
             row.sequence.append(row.ids, hidden_RD)
             row.hidden_TD = hidden_RD[: len(row.ids)]
@@ -284,3 +288,9 @@ class Passes:
                 at += 1 + len(row.draft)
         for row, before_RD in read:  # with all sequences as long as their states
             row.sequence.read(before_RD, row.hidden_TD)
+
+
+def _ids(count: int) -> "tuple[np.ndarray[Any, Any], Tensor]":
+    """Memory for so many ids."""
+    memory = np.empty(count, np.int64)
+    return memory, torch.from_numpy(memory)

@@ -172,7 +172,9 @@ class Experts:
         if self._listeners:
             stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
-        slots_ME = self._none_ME if stops else self.slots.slots_ME[: self._count]
+        slots_ME = self._none_ME if stops else self.slots.slots_ME
+        if len(slots_ME) > self._count:
+            slots_ME = slots_ME[: self._count]
         return SlotTable(self.records, slots_ME, complete)
 
     def begin(self, tokens: int, sequences: int = 1) -> None:
@@ -192,15 +194,15 @@ class Experts:
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
-        first = bisect_left(self._layers, layer)
-        self._pass.reach(first + len(indices_MTK) - 1, indices_MTK.shape[1])
+        first, (M, T, K) = bisect_left(self._layers, layer), indices_MTK.shape
+        self._pass.reach(first + M - 1, T)
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
-            self._cache.hits += indices_MTK.numel()
+            self._cache.hits += M * T * K
         else:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
             seen_MTD = chosen.others()[0].numpy() if inputs else None
-            ids_MTK = chosen.get().numpy() + self._firsts_M11[first : first + len(indices_MTK)]
+            ids_MTK = chosen.get().numpy() + self._firsts_M11[first : first + M]
             self._missed_N = self._cache.use(ids_MTK, 0, seen_MTD)
             heard = chosen.get().tolist() if self._listeners or self.lookahead is not None else []
             for moe_layer, indices in enumerate(heard, first):
@@ -209,7 +211,7 @@ class Experts:
                 self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
                 if self.lookahead is not None:
                     self.lookahead.chosen(moe_layer, uses, 0)
-        self._end_of_layer(first + len(indices_MTK) - 1)
+        self._end_of_layer(first + M - 1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         moe_layer = bisect_left(self._layers, layer)

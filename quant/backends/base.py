@@ -17,7 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Chunk, Geometry, HyperGeometry, Layer, Mixed, Mixing, Pending, Router
+from slotmoe.border import (
+    Chunk,
+    Ends,
+    Geometry,
+    HyperGeometry,
+    Layer,
+    Mixed,
+    Mixing,
+    Pending,
+    Router,
+)
 from slotmoe.quant.backends.attention import TorchAttention
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import Int8Weight, Placed, Weight, dequantize, map_tensors, rows
@@ -88,6 +98,10 @@ class RoutedExperts(Protocol):
 
 class Runner(Protocol):
     """Runs layers for a few tokens of each sequence, each bitwise what it gives alone."""
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it begins with ids, and makes rotations."""
 
     @property
     def rows(self) -> int:
@@ -295,10 +309,9 @@ class TorchBackend(TorchAttention):
         """What ``slotmoe.model.layers.route`` gives, or None without a kernel."""
         return None
 
-    def bind(self, embedding: Prepared, norm_D: Tensor, head: Prepared) -> None:
-        """The weights before a network's layers and behind them, once it has a decoder."""
-
-    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> Runner | None:
+    def decoder(
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], ends: Ends[Prepared]
+    ) -> Runner | None:
         """What runs passes over a few tokens of each sequence, each bitwise what the operations
         give for it alone; None where the network shall run them so."""
         return None

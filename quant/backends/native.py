@@ -7,9 +7,9 @@ kv_lora_rank, P qk_rope_head_dim.
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, repeat
-from operator import add, attrgetter
-from typing import ClassVar, cast
+from itertools import accumulate, chain
+from operator import attrgetter
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,30 @@ from slotmoe.state import CompressedCache, GroupedCache, LatentCache, SequenceSt
 from slotmoe.system import Placement
 from slotmoe.tails import Tail
 
+_ENDED = 32  # rows whose logits a pass gives
+
+
+class _Results(NamedTuple):
+    """Memory of a native call that asks so many routers, and its addresses."""
+
+    y_TX: Tensor
+    norms: Tensor  # [routers + 1, T, D]
+    inputs: Tensor  # those of the routers
+    weights_TK: Tensor
+    logits_TV: Tensor
+    indices: Tensor  # [routers, T, K]
+    places: tuple[int, ...]
+    logits: int | None
+
+    @classmethod
+    def of(
+        cls, asked: int, y_TX: Tensor, norms: Tensor, weights_TK: Tensor, logits_TV: Tensor
+    ) -> "_Results":
+        indices = torch.empty(asked, *weights_TK.shape, dtype=torch.int64)
+        places = (*(tensor.data_ptr() for tensor in (y_TX, norms, weights_TK, indices)),)
+        logits = logits_TV.data_ptr() if len(logits_TV) else None
+        return cls(y_TX, norms, norms[:asked], weights_TK, logits_TV, indices, places, logits)
+
 
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
@@ -49,6 +73,7 @@ class NativeDecoder:
     """
 
     rows: ClassVar[int] = 1 << 30
+    embeds: ClassVar[bool] = True
 
     def __init__(
         self, native: Kernels, layers: BoundLayers, bind: Callable[[Records], ExpertSlab]
@@ -58,7 +83,9 @@ class NativeDecoder:
         self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
         self._inputs, self._states = Store(*layers.inputs), Store(*layers.states)
         # Of one token's call that asks so many routers; no two of a pass ask equally many.
-        self._results = dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]()
+        self._results = dict[int, _Results]()
+        self._slots_ME: Tensor | None = None  # that were checked last
+        self._reached, self._spent = ctypes.c_int64(), (ctypes.c_double * len(STAGES))()
         kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
         kinds |= {border.Grouped: self._grouped}
         self._tokens = kinds[layers.attention]
@@ -73,58 +100,53 @@ class NativeDecoder:
         asked = layers.routers_from[first] - resumed
         assert asked >= layers.routers_from[first + 1]
         assert resumed == (chunk.routed_TD is not None)
-        began = time.perf_counter()
+        began, slots_ME, sizes = time.perf_counter(), table.slots_ME, layers.sizes
         # A call stores all latents of a layer before any token attends to them.
-        caches = [*chain.from_iterable(map(repeat, chunk.caches, chunk.counts))]
-        lengths = [*map(attrgetter("length"), chunk.caches)]
-        positions = [*chain.from_iterable(map(range, lengths, map(add, lengths, chunk.counts)))]
-        tokens = self._tokens(chunk, caches, positions)
-        slab, f32, sizes = self._bind(table.records), torch.float32, layers.sizes
-        T, wide, hidden, streams = len(positions), sizes["X"], sizes["H"], sizes["Q"]
-        post, comb = chunk.mixed or (None, None)
+        pairs = [*zip(chunk.caches, chunk.counts, strict=True)]
+        caches = [cache for cache, count in pairs for _ in range(count)]
+        positions = [cache.length + index for cache, count in pairs for index in range(count)]
+        tokens, slab = self._tokens(chunk, caches, positions), self._bind(table.records)
+        if slots_ME is not self._slots_ME:
+            address(slots_ME, torch.int32, sizes["M"], sizes["E"])
+            self._slots_ME = slots_ME
+        T, f32, H, Q = len(positions), torch.float32, sizes["H"], sizes["Q"]
+        gives = Q == 1 and T <= _ENDED
         if T > 1 or (results := self._results.get(asked)) is None:
-            K, chosen = sizes["K"], torch.empty(asked, T, sizes["K"], dtype=torch.int64)
-            results = (
-                torch.empty(T, wide),
-                torch.empty(asked + 1, T, hidden),
-                torch.empty(T, K),
-                chosen,
-            )
+            shapes = (T, sizes["X"]), (asked + 1, T, H), (T, sizes["K"]), (gives * T, sizes["V"])
+            results = _Results.of(asked, *map(torch.empty, shapes))
             if T == 1:
                 self._results[asked] = results
-        y_TX, norms, weights_TK, indices = results
-        reached = ctypes.c_int64()
-        spent = self._native.decode(
-            *(layers.address, first, T, address(chunk.h_TD, f32, T, wide), ctypes.byref(tokens)),
-            address(table.slots_ME, torch.int32, sizes["M"], sizes["E"]),
-            *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address),
-            address(x_TD, f32, T, hidden) if resumed else None,
-            address(chunk.routed_TD, f32, T, hidden) if resumed else None,
-            *(address(post, f32, T, streams), address(comb, f32, T, streams, streams)),
-            *(y_TX.data_ptr(), norms.data_ptr(), weights_TK.data_ptr(), indices.data_ptr()),
-            ctypes.byref(reached),
+        h = address(chunk.h_TD, f32, T, sizes["X"]) if len(chunk.h_TD) else None
+        x, routed = (address(tensor, f32, T, H) for tensor in (x_TD, chunk.routed_TD))
+        post, comb = chunk.mixed or (None, None)
+        mixed = address(post, f32, T, Q), address(comb, f32, T, Q, Q)
+        self._native.call(
+            *("decode", layers.address, first, T, h, ctypes.byref(tokens), slots_ME.data_ptr()),
+            *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address, x, routed, *mixed),
+            *(*results.places, ctypes.byref(self._reached), results.logits, self._spent),
         )
         if chunk.timer is not border.NO_TIMER:
-            ends = accumulate(spent, initial=began)
+            ends = accumulate(self._spent, initial=began)
             for stage, now in zip(("cache and prefetch", *STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)
-        at, first = reached.value, first + resumed
-        chunk.layer, chunk.h_TD = at, y_TX
+        at, first, norms = self._reached.value, first + resumed, results.norms
+        chunk.layer, chunk.h_TD, indices = at, results.y_TX, results.indices
         if at == self._count:
+            chunk.logits_TV = results.logits_TV if gives else None
             if asked:
-                experts.passed(first, indices, norms[:asked])
+                experts.passed(first, indices, results.inputs)
             return None
         asked -= layers.routers_from[at + 1]
         if asked > 1:
             experts.passed(first, indices[: asked - 1], norms[: asked - 1])
         chunk.x_TD = norms[asked - 1]
-        return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
+        return border.Pending(at, norms[asked - 1], results.weights_TK, indices[asked - 1])
 
     def _latent(
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's latent cache, and what indexers keep and have chosen."""
-        caches, T, C = cast(Sequence[LatentCache], states), len(positions), self._layers.sizes["C"]
+        caches, T = cast(Sequence[LatentCache], states), len(positions)
         rows = self._rows.bound([*map(attrgetter("layers"), caches)], positions)
         keys, lists = NO_STORE, None
         if topk := self._layers.topk:
@@ -132,11 +154,11 @@ class NativeDecoder:
                 chunk.lists_TL = torch.empty(T, topk, dtype=torch.int32)
             keys = self._keys.bound([cache.index_keys for cache in caches], positions)
             lists = address(chunk.lists_TL, torch.int32, T, topk)
-        rope = address(chunk.rope_TC, torch.complex64, T, C)
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists, None, None, *delta)
+        ids = address(chunk.ids_T, torch.int64, T)
+        return TOKENS[0](int64s(positions), None, scaled, *rows, *keys, lists, ids, None, *delta)
 
     def _compressed(
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
@@ -160,7 +182,7 @@ class NativeDecoder:
         rows = self._last(self._rows, [cache.window for cache in caches], positions)
         self._tables = kept  # which the call reads
         return TOKENS[len(layers.groups)](
-            *(int64s(positions), address(chunk.rope_TC, c64, T, C)),
+            *(int64s(positions), None),
             *(address(chunk.query_scale_T, torch.float32, T), *rows, *NO_STORE, None),
             address(chunk.ids_T, torch.int64, T),
             address(chunk.compressed_rope_TC, c64, T, C),
@@ -172,16 +194,16 @@ class NativeDecoder:
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
-        caches, T, C = cast(Sequence[GroupedCache], states), len(positions), self._layers.sizes["C"]
+        caches, T = cast(Sequence[GroupedCache], states), len(positions)
         rows = keys = NO_STORE
         if self._layers.rows[0]:
             rows = self._rows.bound([cache.rows for cache in caches], positions)
         if self._layers.keys[0]:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
-        rope = address(chunk.rope_TC, torch.complex64, T, C)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        return TOKENS[0](int64s(positions), rope, None, *rows, *keys, None, None, None, *delta)
+        ids = address(chunk.ids_T, torch.int64, T)
+        return TOKENS[0](int64s(positions), None, None, *rows, *keys, None, ids, None, *delta)
 
     def _delta(
         self, states: Sequence[SequenceState], positions: Sequence[int]
@@ -247,12 +269,6 @@ class NativeBackend(TorchBackend):
 
     def _read(self, memory: Tensor) -> None:
         self._native.read(memory)
-
-    def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
-        if not isinstance(weight, Int8Weight):
-            return super().embed(ids_T, weight)
-        rows = ids_T if ids_T.shape[0] > 1 else slice(at := int(ids_T), at + 1)  # a quicker view
-        return weight.q[rows].float() * weight.scale[rows, None]
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         return self._native.linear(Matrix.of(weight), x_TK.contiguous())
@@ -386,7 +402,10 @@ class NativeBackend(TorchBackend):
         return weights_TK, indices_TK
 
     def decoder(
-        self, geometry: border.Geometry, layers: Sequence[border.Layer[Prepared]]
+        self,
+        geometry: border.Geometry,
+        layers: Sequence[border.Layer[Prepared]],
+        ends: border.Ends[Prepared],
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
@@ -410,7 +429,7 @@ class NativeBackend(TorchBackend):
             if (mlp is None) != (layer.mlp is None) or not is_native:
                 return None
             mlps.append(mlp)
-        return NativeDecoder(self._native, BoundLayers(geometry, layers, mlps), self._bind)
+        return NativeDecoder(self._native, BoundLayers(geometry, layers, ends, mlps), self._bind)
 
     def _bind(self, records: Records) -> ExpertSlab:
         """The records bound for native calls."""

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, HyperGeometry, Layer, ListedRows, Mixed, Mixing, Mla, Mlp
+from slotmoe.border import Ends, Geometry, HyperGeometry, Layer, ListedRows, Mixed, Mixing, Mla, Mlp
 from slotmoe.quant.backends import triton_few
 from slotmoe.quant.backends.attention import first_best
 from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend
@@ -219,7 +219,7 @@ class TritonBackend(TorchBackend):
         return out_TX
 
     def decoder(
-        self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], ends: Ends[Prepared]
     ) -> TritonDecoder | None:
         """From now on ``experts`` launches for a few tokens the kernels that the decoder launches
         for these layers, whose shared experts are of one kind.  None but for MLA to all positions.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Geometry, Layer, Mla, Mlp
+from slotmoe.border import Chunk, Ends, Geometry, Layer, Mla, Mlp
 from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Empty, Prepared, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
@@ -90,9 +90,8 @@ class VulkanBackend(TorchBackend):
     kind = name = "vulkan"
     absorbs = decodes_all = True
     rows, at_once = 512, 1e9  # of a pass; products of the first of its submits
+    embeds = False
     layout: RecordLayout
-    _geometry: Geometry
-    _layers: Sequence[Layer[Prepared]]
 
     def __init__(self, vulkan: kernels.Vulkan):
         super().__init__()
@@ -111,7 +110,7 @@ class VulkanBackend(TorchBackend):
     def prepare(
         self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
     ) -> Prepared:
-        """Norms and gates stay in RAM until ``bind``."""
+        """Norms and gates stay in RAM until ``decoder``."""
         if isinstance(weight, Int8Weight):
             kind, parts = _INT8, [weight.q, weight.scale]
         elif isinstance(weight, CodedWeight):
@@ -127,24 +126,22 @@ class VulkanBackend(TorchBackend):
         """Memory for the residual stream: a pass reads the table by the chunk's ids."""
         return torch.empty(len(ids_T), weight.shape[1])
 
-    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> "VulkanBackend":
-        self._geometry, self._layers = geometry, layers
-        return self
-
-    def bind(self, embedding: Prepared, norm_D: Tensor, head: Prepared) -> None:
+    def decoder(
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], ends: Ends[Prepared]
+    ) -> "VulkanBackend":
         """Raises ``ConfigError`` for shapes that shaders do not take."""
-        g, router, layout = self._geometry, self._geometry.router, self.layout
-        norm, levels = place(self.vulkan, norm_D, layout.levels())
-        layers = [self._layer(layer) for layer in self._layers]
-        experts = max(layer.gate.n for layer in layers)
+        g, router, layout, head = geometry, geometry.router, self.layout, ends.head
+        norm, levels = place(self.vulkan, ends.norm_D, layout.levels())
+        natives = [self._layer(layer) for layer in layers]
+        self._count, experts = len(layers), max(layer.gate.n for layer in natives)
         codecs, scoring = layout.codecs, SCORINGS.index(router.scoring)
         model = kernels.Model(
-            self.at_once, self.rows, len(layers), len(norm_D), head.shape[0], *g[:5], g.halves,
+            self.at_once, self.rows, len(layers), len(ends.norm_D), head.shape[0], *g[:5], g.halves,
             g.eps, g.latent_eps, g.softmax_scale, experts, router.n_group, router.topk_group,
             router.top_k, router.group_best, scoring, router.normalized, router.factor,
             layout.moe_intermediate_size, codecs.gate_up.kind, codecs.down.kind,
-            (*layout.gate_up_places, *layout.down_places), levels, _matrix(embedding),
-            _matrix(head), norm, (kernels.Layer * len(layers))(*layers),
+            (*layout.gate_up_places, *layout.down_places), levels, _matrix(ends.embedding),
+            _matrix(head), norm, (kernels.Layer * len(layers))(*natives),
         )  # fmt: skip
         try:
             self._decoder = self.vulkan.decoder(model)
@@ -155,6 +152,7 @@ class VulkanBackend(TorchBackend):
             raise ConfigError(f"{told}; use --device cpu") from None
         self._views = views = self._decoder.views
         self._hidden_TD, self._logits_TV = map(torch.from_numpy, (views.hidden, views.logits))
+        return self
 
     def _layer(self, layer: Layer[Prepared]) -> Any:
         """A layer's weights, with norms and gate on the device."""
@@ -203,7 +201,7 @@ class VulkanBackend(TorchBackend):
         if ends:
             self._ended_TD = chunk.h_TD
         chunk.timer.mark("captured layers")
-        chunk.layer = len(self._layers)
+        chunk.layer = self._count
         experts.passed(0, torch.from_numpy(views.indices[:, :T]), None)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:

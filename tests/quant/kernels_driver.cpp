@@ -72,7 +72,7 @@ int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int
 int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
                    const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*,
                    float*, float*, float*,
-                   float*, float*, int64_t*, int64_t*, double*);
+                   float*, float*, int64_t*, int64_t*, float*, double*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
                      const float*, int64_t, int64_t, float*);
@@ -235,7 +235,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     const Layer layers[] = {{&a, nullptr, nullptr, nullptr, &mlp, nullptr}, {&a}};
     const int64_t odd = experts % 2;
     const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
-    const Model model{2, hidden, experts, 1, 0, layers, router};
+    const Model model{2, hidden, experts, 1, 0, layers, router, {}, {}, a.p / 2,
+                      nullptr, table};
     const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1,
                   layer = rows * stride;
     Floats latents(rows * (a.r + a.p)), scales(3);
@@ -254,7 +255,7 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
         }
         // The routers' inputs: those of both layers, and one more.
         Floats y(t * hidden), x(3 * t * hidden), weights(t * top_k), sum(t * hidden);
-        double seconds[4] = {};
+        double seconds[5] = {};
         for (int64_t expected : {2, 0, 1, 3}) {  // 3: from the sum of the second layer's experts on
             const int64_t first = expected == 3, asked = expected == 1   ? 2
                                                          : expected == 3 ? 0
@@ -268,7 +269,7 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
             check(slotmoe_decode(&model, first, t, h, &tokens, slots, slab, count, apart, &record,
                                  first ? sum.p : nullptr, first ? sum.p : nullptr, nullptr,
                                  nullptr, y, x, weights,
-                                 indices, &reached, seconds));
+                                 indices, &reached, nullptr, seconds));
             if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));
         }
         for (auto* cache : held) delete cache;
@@ -307,7 +308,8 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
     Array<int32_t> experts_of(3 * top_k), slots(experts);
     for (int64_t e = 0; e < 3 * top_k; e++) experts_of[e] = int32_t(e % experts);
     const Layer layer{nullptr, &a, &hyper, &hyper, &mlp, experts_of};
-    const Model model{1, hidden, experts, m, 3, &layer, {1, 1, top_k, 1, kSqrtSoftplus, 1, 1.5}};
+    const Model model{1, hidden, experts, m, 3, &layer, {1, 1, top_k, 1, kSqrtSoftplus, 1, 1.5}, {}, {}, p / 2,
+                      nullptr, table};
     const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {}};
     const int64_t bytes = record_bytes(record), apart = (bytes + 63) / 64 * 64;
     Array<uint8_t> slab(apart);
@@ -336,11 +338,11 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
                         {{others, opened, table}, {indexed, opened_keys, table}, {}}};
     Floats h(m * hidden), post(m), comb(m * m), y(m * hidden), x(2 * hidden), weights(top_k);
     Array<int64_t> indices(top_k);
-    double seconds[4] = {};
+    double seconds[5] = {};
     for (int64_t e = 0; e < experts; e++) slots[e] = 0;
     int64_t reached = -1;
     check(slotmoe_decode(&model, 0, 1, h, &tokens, slots, slab, 1, apart, &record, nullptr, nullptr,
-                         post, comb, y, x, weights, indices, &reached, seconds));
+                         post, comb, y, x, weights, indices, &reached, nullptr, seconds));
     if (reached != 1) check(int(10 + reached));
 }
 
@@ -359,11 +361,12 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
         last{heads, 2, z, p, !whole, whole, window, 0, z, z, 1e-6f, 0.1f, norm, norm,
              head_norm, head_norm, sinks, bias, few, few, norm,
              query.matrix, key.matrix, key.matrix, out.matrix, gate.matrix, logit_bias, query.matrix};
-    Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
+    Weights in(kInt8, i, hidden), down(kInt8, hidden, i), words(kind > kInt8 && kind < kF32 ? kInt8 : kind, 19, hidden);
     const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {0.5f, 1.0f, 0.0f}};
     const Layer layers[] = {{nullptr, nullptr, nullptr, nullptr, &mlp, nullptr, &all, nullptr},
                             {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, &last, logit_bias}};
-    const Model model{2, hidden, experts, 1, 0, layers, {1, 1, top_k, 1, kSoftmax, 1, 1.5}};
+    const Model model{2, hidden, experts, 1, 0, layers, {1, 1, top_k, 1, kSoftmax, 1, 1.5},
+                      words.matrix, words.matrix, p / 2, norm, table, 1e-6f, 1.0f};
     const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {0.0f, 1.0f, 0.0f}};
     Array<uint8_t> slab((record_bytes(record) + 63) / 64 * 64);
     fill_record(slab, record);
@@ -376,16 +379,17 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
     memcpy(windowed + (end - first) * size, rows + first * size, size_t((end - first) * size));
     uint8_t *starts[] = {rows, rows}, *window_starts[] = {windowed, windowed};
     const int64_t firsts[] = {first, first}, positions[] = {position, position + 1};
+    const int64_t ids[t] = {18, 0};
     const Tokens tokens{positions, table, nullptr, {starts, nullptr, end * size, size},
-                        {window_starts, firsts, (end - first) * size, size}, nullptr};
-    Floats h(t * hidden), y(t * hidden), x(2 * t * hidden), weights(t * top_k);
+                        {window_starts, firsts, (end - first) * size, size}, nullptr, ids};
+    Floats y(t * hidden), x(2 * t * hidden), weights(t * top_k), logits(t * 19);
     Array<int64_t> indices(t * top_k);
     Array<int32_t> slots(experts);
-    double seconds[4] = {};
+    double seconds[5] = {};
     for (int64_t e = 0; e < experts; e++) slots[e] = 0;
     int64_t reached = -1;
-    check(slotmoe_decode(&model, 0, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
-                         nullptr, nullptr, y, x, weights, indices, &reached, seconds));
+    check(slotmoe_decode(&model, 0, t, nullptr, &tokens, slots, slab, 1, 64, &record, nullptr,
+                         nullptr, nullptr, nullptr, y, x, weights, indices, &reached, logits, seconds));
     if (reached != 2) check(int(10 + reached));
 }
 
@@ -423,11 +427,11 @@ static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v
     Floats h(t * hidden), y(t * hidden), x(2 * t * hidden), weights(t * 2);
     Array<int64_t> indices(t * 2);
     Array<int32_t> slots(4);
-    double seconds[4] = {};
+    double seconds[5] = {};
     for (int64_t e = 0; e < 4; e++) slots[e] = 0;
     int64_t reached = -1;
     check(slotmoe_decode(&model, 0, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
-                         nullptr, nullptr, y, x, weights, indices, &reached, seconds));
+                         nullptr, nullptr, y, x, weights, indices, &reached, nullptr, seconds));
     if (reached != 1) check(int(10 + reached));
     const int64_t count = 67 + past, asked = count - past - 1;
     Floats prompt(count * wide), gates(asked * heads * v), result(asked * heads * v);

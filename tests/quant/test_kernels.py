@@ -7,13 +7,14 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import NO_TIMER, Chunk, Mlp, Router
+from slotmoe.border import NO_TIMER, Chunk, Ends, Mlp, Router
 from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Records, new
 from slotmoe.quant.backends.native import NativeBackend
@@ -152,6 +153,11 @@ def test_streams_refuse(kernels):
 NETWORK = {**CONFIG, "num_hidden_layers": 4, "num_key_value_heads": CONFIG["num_attention_heads"]}
 
 
+def ends_of(network):
+    weights = network.embed_tokens, network.norm, network.lm_head
+    return Ends(*weights, network._positions.frequencies_C, 1.0)
+
+
 def test_a_decoder_refuses():
     """Whatever comes with a call, of another shape, dtype, device or order than its layers have."""
     network = network_of(NETWORK, "int8", NativeBackend(native))
@@ -159,12 +165,12 @@ def test_a_decoder_refuses():
     feed(network, states[0], [5, 6, 7], [3])
     network.experts.complete = True
     h, table = torch.randn(2, c.hidden_size), network.experts.slot_table()
-    rope = torch.ones(2, c.qk_rope_head_dim // 2, dtype=torch.complex64)
-    decoder = network.backend.decoder(network._geometry, network.layers)
+    ids = torch.tensor([5, c.vocab_size - 1])
+    decoder = network.backend.decoder(network._geometry, network.layers, ends_of(network))
 
-    def run(layer=0, h=h, rope=rope, caches=states, scale=None, x=None, routed=None, **changed):
-        more = NO_TIMER, None, layer, x, routed
-        chunk = Chunk(h, rope, scale, caches, (0, 0), (1, 1), *more)
+    def run(layer=0, h=h, ids=ids, caches=states, scale=None, x=None, routed=None, **changed):
+        more = NO_TIMER, ids, layer, x, routed
+        chunk = Chunk(h, h, scale, caches, (0, 0), (1, 1), *more)
         shown = SimpleNamespace(slot_table=lambda: table._replace(**changed))
         shown.passed = lambda *given: None
         return decoder.run_layers(chunk, shown)
@@ -178,7 +184,10 @@ def test_a_decoder_refuses():
     smaller = Records(slab[:, : layout.record_bytes - 4096].contiguous(), layout, levels)
     cases = [{"layer": layer} for layer in (-1, c.num_hidden_layers)]
     wrong = h[:, 1:], h[:1], h.double(), h.to("meta"), h.t().contiguous().t()
-    cases += [{"h": bad} for bad in wrong] + [{"rope": bad} for bad in (rope[:, 1:], rope.real)]
+    cases += [{"h": bad} for bad in wrong]
+    for bad in (None, ids[:1], ids.int(), ids + 1, ids - 6):  # the last two are outside
+        cases.append({"h": h[:0], "ids": bad})
+    cases.append({"h": h[:0], "layer": 1})
     for change in (
         lambda rows: rows.float(),
         lambda rows: rows[:, :30],
@@ -195,14 +204,14 @@ def test_a_decoder_refuses():
     for case in cases:
         with pytest.raises((ValueError, AssertionError)):
             run(**case)
-    assert run() is None
+    assert run() is run(h=h[:0]) is None
 
 
 def test_layers_that_do_not_fit_are_refused():
     """Among each other, or with what their geometry says."""
     network = network_of(NETWORK, "int8", NativeBackend(native))
     geometry, layers = network._geometry, network.layers
-    layer, decoder = layers[-1], network.backend.decoder
+    layer, decoder = layers[-1], partial(network.backend.decoder, ends=ends_of(network))
     narrow = int8_matrix(native, torch.ones(63, 65).char(), torch.ones(63))
     bad = [replace(layer, input_layernorm=layer.input_layernorm.double())]
     bad += [replace(layer, gate=layer.gate[1:]), replace(layer, gate_bias=torch.ones(3))]

@@ -30,7 +30,7 @@ class ByRule(TorchBackend):
 class LayerByLayerOps(NativeBackend):
     """The native kernels, one operation after the other."""
 
-    def decoder(self, geometry, layers):
+    def decoder(self, *given):
         return None
 
 
@@ -91,4 +91,4 @@ def native_cache(network, context=40):
 def feed(network, cache, ids, sizes):
     """Logits of the first ``ids``, in passes of ``sizes`` tokens."""
     passes = torch.tensor(ids[: sum(sizes)]).split(sizes)
-    return torch.cat([network.head(network.forward(ids_T, [cache])) for ids_T in passes])
+    return torch.cat([network.head(network.forward(ids_T, [cache])).clone() for ids_T in passes])

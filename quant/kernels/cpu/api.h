@@ -131,7 +131,7 @@ struct Fold {
 // Where t tokens stand, and what their sequences keep.
 struct Tokens {
     const int64_t* positions;
-    const float *table, *query_scale;  // [t, p / 2] complex: rotates pairs; [t]: multiplies queries, unless null
+    const float *table, *query_scale;  // [t, pairs] complex, made by slotmoe_decode; [t]: times queries, unless null
     Store rows;                        // latents, or those of the window
     Store keys;                        // of the layers with an indexer, or rows of those with a window
     int32_t* lists;                    // [t, topk]: what the last indexer has chosen
@@ -312,11 +312,17 @@ struct Model {
     int64_t layers, hidden, experts, streams, vocabulary;
     const Layer* layer;
     Router router;
+    Matrix embedding, head;  // of kRows, or a kind of `Matrix`: no codes; any kind
+    int64_t pairs;
+    const float *norm, *frequencies;  // [hidden], before the head; [pairs], of rotations, times `factor`
+    float eps, factor;
 };
 
 // What entries of other files are made of. No argument is checked here.
 void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h,
                const Tokens& tokens, float* y, float* x, float* logits);
+// (cos, sin) [c] of a position times `frequencies`, times `factor`.
+void rotations(float position, const float* frequencies, int64_t c, float factor, float* y);
 void grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t t, const float* h, const Tokens& tokens,
                    float* y, float* x, float* logits);
 void delta_layer(Job& job, const Isa& isa, const Delta& a, int64_t t, const float* h, const Tokens& tokens, float* y,

@@ -43,9 +43,9 @@ from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 from slotmoe.state import Empty, Group
 from slotmoe.system import cores
 
-ABI = 21
+ABI = 22
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
-STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
+STAGES = ("attention", "gate", "experts", "shared experts and dense layers", "head")
 """Whose seconds `decode` gives."""
 
 
@@ -143,13 +143,6 @@ class Kernels:
         """Call a function with its C arguments, unchecked, and raise what its status says."""
         if status := self._functions[name].native(*arguments):
             check(status)
-
-    def decode(self, *arguments: object) -> list[float]:
-        """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
-        checked them.  Gives the seconds that `STAGES` took."""
-        seconds = (ctypes.c_double * len(STAGES))()
-        self.call("decode", *arguments, seconds)
-        return seconds[:]
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.

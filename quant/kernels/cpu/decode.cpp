@@ -1,4 +1,5 @@
 // The router, and tokens through a model's layers in one job: between two jobs lie Python, cold caches and a wake-up.
+#include <algorithm>
 #include <cfloat>
 #include <chrono>
 #include <cmath>
@@ -93,6 +94,33 @@ void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_
     for (int64_t i = 0; i < t * hidden; i++) y[i] = experts ? h[i] + experts[i] : h[i];
 }
 
+constexpr int64_t kRows = kBf16 + 1;  // a matrix in int8, row by row
+
+// Rows ids [t] of a table -> y [t, streams, hidden]; false where it has none, or is of another shape.
+bool embed(const Isa& isa, const Model& m, const int64_t* ids, int64_t t, float* y) {
+    const Matrix& w = m.embedding;
+    const int64_t k = m.hidden, blocks = up_to(k, kBlock);
+    const float one = 1.0f, *scale = static_cast<const float*>(w.scale);
+    const auto* codes = static_cast<const int8_t*>(w.data);
+    const auto* wide = static_cast<const uint16_t*>(w.data);
+    if (!ids || w.k != k || is_coded(w.kind)) return false;
+    for (int64_t i = 0; i < t; i++, y += m.streams * k) {
+        const int64_t id = ids[i];
+        if (id < 0 || id >= w.n) return false;
+        const int8_t* tile = codes + id / kTile * blocks * kTile * kBlock + id % kTile * 4;
+        if (w.kind == kF32) memcpy(y, static_cast<const float*>(w.data) + id * k, size_t(k) * 4);
+        if (w.kind == kF16) isa.linear_dense(&one, 1, 1, wide + id * k, Source::f16, 0, k, y, 0);
+        for (int64_t j = 0; w.kind == kBf16 && j < k; j++) {
+            const uint32_t bits = uint32_t(wide[id * k + j]) << 16;
+            memcpy(y + j, &bits, 4);
+        }
+        for (int64_t j = 0; w.kind == kRows && j < k; j++) y[j] = float(codes[id * k + j]) * scale[id];
+        for (int64_t j = 0; w.kind == kInt8 && j < k; j++) y[j] = float(tile[j / 4 * 64 + j % 4]) * scale[id];
+        for (int64_t s = 1; s < m.streams; s++) memcpy(y + s * k, y, size_t(k) * 4);
+    }
+    return true;
+}
+
 }  // namespace
 
 // logits [t, e], bias [e] or null, given [t, top_k] or null -> weights, indices [t, top_k].
@@ -106,8 +134,9 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
     });
 }
 
-// One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden] -> y [t,
-// hidden], bitwise as by the separate entries. With `experts` [t, hidden], the weighted sum of the first layer's, that
+// One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden], by the
+// tokens' ids where that is null -> y [t, hidden], bitwise as by the separate entries, and behind the last layer, unless
+// that is null, logits `out` [t, vocabulary]. With `experts` [t, hidden], the weighted sum of the first layer's, that
 // layer only lacks its feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
 //
 // slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
@@ -121,7 +150,8 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const Tokens* tokens,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
                           const Record* record, const float* x_in, const float* experts, float* post, float* comb,
-                          float* y, float* x, float* weights, int64_t* indices, int64_t* reached, double* seconds) {
+                          float* y, float* x, float* weights, int64_t* indices, int64_t* reached, float* out,
+                          double* seconds) {
     const int64_t hidden = m->hidden, e = m->experts, top_k = m->router.top_k, wide = m->streams * hidden;
     if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || record->hidden != hidden || !record->valid())
         return kBadArgument;
@@ -129,10 +159,16 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         if (tokens->positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         float* logits = job.scratch<float>(kLogits, t * e);
-        float* streams = job.scratch<float>(kStreams, t * (2 * wide + hidden));
+        float* streams = job.scratch<float>(kStreams, t * (2 * wide + hidden + 2 * m->pairs));
         float *residual = streams, *attended = streams + t * wide, *routed = streams + 2 * t * wide;
+        float* table = routed + t * hidden;
+        Tokens at = *tokens;
+        at.table = table;
+        for (int64_t token = 0; token < t; token++, table += 2 * m->pairs)
+            rotations(float(at.positions[token]), m->frequencies, m->pairs, m->factor, table);
         int64_t* given = job.scratch<int64_t>(kGiven, t * top_k);
         float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
+        std::fill(seconds, seconds + 5, 0.0);
         auto marked = std::chrono::steady_clock::now();
         const auto mark = [&](int part) {
             const auto now = std::chrono::steady_clock::now();
@@ -141,11 +177,13 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         };
         int64_t moe_layer = 0;
         for (int64_t l = 0; l < first; l++) moe_layer += m->layer[l].gate().n > 0;
-        const float* stream = h;  // the input of the next layer's attention
+        const float* stream = h ? h : residual;  // the input of the next layer's attention
+        if (!h && !(first == 0 && !experts && embed(isa, *m, at.ids, t, residual))) return kBadArgument;
+        if (out && (m->streams > 1 || m->head.k != hidden || !m->head.valid())) return kBadArgument;
         for (int64_t l = first; l < m->layers; l++) {
             const Layer& layer = m->layer[l];
             const bool moe = layer.gate().n > 0;
-            if (!layer.valid(*tokens)) return kBadArgument;
+            if (!layer.valid(at)) return kBadArgument;
             if (layer.mlp && !layer.mlp->valid()) return kBadArgument;
             if (l == first && experts) {
                 finish(job, isa, layer, x_in, t, hidden, h, experts, post, comb, residual);
@@ -155,18 +193,18 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 continue;
             }
             if (layer.attention)
-                attention(job, isa, *layer.attention, t, stream, *tokens, attended, x, logits);
+                attention(job, isa, *layer.attention, t, stream, at, attended, x, logits);
             else if (layer.grouped)
-                grouped_layer(job, isa, *layer.grouped, t, stream, *tokens, attended, x, logits);
+                grouped_layer(job, isa, *layer.grouped, t, stream, at, attended, x, logits);
             else if (layer.delta)
-                delta_layer(job, isa, *layer.delta, t, stream, *tokens, attended, x, logits);
+                delta_layer(job, isa, *layer.delta, t, stream, at, attended, x, logits);
             else
-                compressed_layer(job, isa, layer, l, t, stream, *tokens, attended, x, post, comb, logits);
+                compressed_layer(job, isa, layer, l, t, stream, at, attended, x, post, comb, logits);
             for (int64_t i = 0; moe && layer.logit_bias && i < t * e; i++) logits[i] += layer.logit_bias[i % e];
             mark(0);
             if (moe) {
                 for (int64_t i = 0; layer.experts_of && i < t * top_k; i++) {
-                    const int64_t id = tokens->ids[i / top_k];
+                    const int64_t id = at.ids[i / top_k];
                     if (id < 0 || id >= m->vocabulary) return kBadArgument;
                     given[i] = layer.experts_of[id * top_k + i % top_k];
                     if (given[i] < 0 || given[i] >= e) return kBadArgument;
@@ -199,6 +237,11 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         }
         memcpy(y, residual, size_t(t * wide) * 4);
         *reached = m->layers;
+        if (out) {
+            norm_rows(job, isa, y, m->norm, t, hidden, m->eps, routed);
+            multiply(job, isa, m->head, routed, t, out);
+            mark(4);
+        }
         return kOk;
     });
 }

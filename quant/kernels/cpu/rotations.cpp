@@ -29,13 +29,16 @@ Rotation rotation(float angle) {  // from 0 on, below 2^20
 
 }  // namespace
 
-// y [t, c]: (cos, sin) of positions [t] times frequencies [c], times `scale`.
-EXPORT int slotmoe_rotations(const float* positions, const float* frequencies, int64_t t, int64_t c, float scale,
-                             Rotation* y) {
-    for (int64_t i = 0; i < t; i++)
-        for (int64_t j = 0; j < c; j++) {
-            const Rotation r = rotation(positions[i] * frequencies[j]);
-            *y++ = {r.cosine * scale, r.sine * scale};
-        }
+void slotmoe::rotations(float position, const float* frequencies, int64_t c, float factor, float* y) {
+    for (int64_t j = 0; j < c; j++) {
+        const Rotation r = rotation(position * frequencies[j]);
+        y[2 * j] = r.cosine * factor, y[2 * j + 1] = r.sine * factor;
+    }
+}
+
+// y [t, c]: those of positions [t].
+EXPORT int slotmoe_rotations(const float* positions, const float* frequencies, int64_t t, int64_t c, float factor,
+                             float* y) {
+    for (int64_t i = 0; i < t; i++) rotations(positions[i], frequencies, c, factor, y + i * 2 * c);
     return kOk;
 }

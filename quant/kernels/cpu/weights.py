@@ -17,6 +17,7 @@ from slotmoe.border import (
     Compressed,
     Compressor,
     Delta,
+    Ends,
     Geometry,
     Grouped,
     Layer,
@@ -25,13 +26,14 @@ from slotmoe.border import (
     Router,
 )
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES
-from slotmoe.quant.codecs.weight import CodedWeight, Placed, Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 
-# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 9 + its source type.
-_INT8, _DENSE = 0, 9
+# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 9 + its source type.  The
+# last is int8 in rows, of which no products are made.
+_INT8, _DENSE, _ROWS = 0, 9, 12
 _SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 
@@ -46,6 +48,7 @@ _MEMORY = {  # what a kind of matrix consists of
     _INT8: [f"w:{signatures.INT8}", "scale:f32[N]"],
     **{kind: _coded(*code) for code, kind in KINDS.items()},
     **{_DENSE + source: ["w:source[N,K]"] for source in signatures.SOURCE_TYPES.values()},
+    _ROWS: ["w:i8[N,K]", "scale:f32[N]"],
 }
 
 
@@ -71,9 +74,12 @@ class Matrix(Bound):
 
     @classmethod
     def of(cls, weight: object) -> "Matrix":
-        """Of float32, float16, bfloat16 or a coded weight; what is bound stays.  `ValueError`."""
+        """Of float32, float16, bfloat16, a coded weight or int8 by rows; what is bound stays.
+        Raises `ValueError`."""
         if isinstance(weight, Matrix):
             return weight
+        if isinstance(weight, Int8Weight):
+            return cls(_ROWS, *weight.shape, weight.q, weight.scale)
         if isinstance(weight, CodedWeight):
             return cls(weight.kind, *weight.shape, weight.codes, weight.scales, weight.levels)
         assert isinstance(weight, Tensor)
@@ -226,7 +232,10 @@ _LAYER = Structure(
     "attention:bound compressed:bound attention_mixing:bound mlp_mixing:bound mlp:bound"
     " experts_of?:i32[V,K] grouped:bound logit_bias?:f32[E] delta:bound"
 )
-_MODEL = Structure(f"layers hidden experts streams vocabulary layer:pointer {ROUTER}")
+_MODEL = Structure(
+    f"layers hidden experts streams vocabulary layer:pointer {ROUTER} embedding:matrix[V,H]"
+    " head:matrix[V,H] pairs norm:f32[H] frequencies:f32[C] eps:float factor:float"
+)
 
 
 @dataclass
@@ -385,7 +394,11 @@ class BoundLayers(Bound):
     experts or a dense one; at least one layer has a router.  Raises `ValueError`."""
 
     def __init__(
-        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[BoundMlp | None]
+        self,
+        geometry: Geometry,
+        layers: Sequence[Layer[Prepared]],
+        ends: Ends[Prepared],
+        mlps: Sequence[BoundMlp | None],
     ) -> None:
         sizes, groups, bound = sizes_of(geometry, layers), Groups(), list[Bound]()
         sizes["K"], deltas, indexers, topk, self.window = geometry.router.top_k, 0, 0, 0, 0
@@ -435,9 +448,13 @@ class BoundLayers(Bound):
             self.states = deltas, 4 * of.value_heads * of.K * of.V
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
-        counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)
+        counts = len(layers), hidden, experts, self.streams, ends.head.shape[0]
         start = ctypes.addressof(natives)
-        model = _MODEL.bind({}, *counts, start, *values_of(geometry.router))
-        sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K")}
+        model = _MODEL.bind(
+            sizes,
+            *(*counts, start, *values_of(geometry.router), ends.embedding, ends.head, sizes["C"]),
+            *(ends.norm_D, ends.frequencies_C, geometry.eps, ends.factor),
+        )
+        sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K", "V")}
         sizes |= {"M": sum(routed), "Q": self.streams, "X": self.streams * hidden}
         super().__init__(model.native, sizes, model, natives, bound)
