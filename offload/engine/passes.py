@@ -9,9 +9,7 @@ from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,7 +191,8 @@ class Passes:
         # What a step gives, computed; raises ``DeviceError``.
         self.compute = partial(model.device.run, ways_out=ways_out)
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
-        self._ids = lru_cache(maxsize=MOST_DRAFTED)(_ids)  # of the last passes, by their number
+        # Memory for the ids of a pass, by their number.
+        self._ids = lru_cache(maxsize=MOST_DRAFTED)(partial(torch.empty, dtype=torch.int64))
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
 
@@ -257,9 +256,8 @@ class Passes:
         model, network = self._model, self._model.network
         ids, prompts = [row.ids + row.draft for row in rows], [row for row in rows if row.is_prompt]
         counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
-        memory, ids_T = self._ids(len(tokens))
-        memory[:] = tokens
-        ids_T = model.device.upload(ids_T)
+        (memory_T := self._ids(len(tokens))).numpy()[:] = tokens
+        ids_T = model.device.upload(memory_T)
 
         def step() -> tuple[Tensor, Tensor | None]:
             for row in rows:
@@ -288,9 +286,3 @@ class Passes:
                 at += 1 + len(row.draft)
         for row, before_RD in read:  # with all sequences as long as their states
             row.sequence.read(before_RD, row.hidden_TD)
-
-
-def _ids(count: int) -> "tuple[np.ndarray[Any, Any], Tensor]":
-    """Memory for so many ids."""
-    memory = np.empty(count, np.int64)
-    return memory, torch.from_numpy(memory)
