@@ -22,7 +22,8 @@ from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
 from slotmoe.offload.observe import TraceStep
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import FEATURES, Array, Cache, make_cache
+from slotmoe.offload.policy import cache as played
+from slotmoe.offload.policy.cache import FEATURES, Array, make_cache
 from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.tools.options import EXISTING, option
 
@@ -45,28 +46,13 @@ def replay(choices: Choices, features: Array, policy: str, slots: int, experts: 
     if policy == OPTIMUM:
         return optimum(choices, slots)
     cache = make_cache(policy, slots, len(choices[0]), experts, load())
-    for token, seen in zip(choices, features, strict=True):
-        cache.advance()
-        for moe_layer, chosen in enumerate(token):
-            missing = [expert_id for expert_id in chosen if expert_id not in cache]
-            indices = [expert_id - moe_layer * experts for expert_id in chosen]
-            cache.use_chunk(moe_layer, [indices], x_TD=seen[moe_layer, None])
-            for expert_id in missing:
-                offer(cache, expert_id, chosen)
+    firsts = [layer * experts for layer in range(cache.layers)]
+    steps = (
+        [[[id - first for id in chosen]] for first, chosen in zip(firsts, token, strict=True)]
+        for token in choices
+    )
+    played.replay(cache, steps, [*features])
     return cache.hits
-
-
-def offer(cache: Cache, expert_id: int, pinned: Sequence[int], must: bool = False) -> int | None:
-    """The absent ``expert_id`` was used: what is evicted for it, which is not ``pinned``, if
-    anything; itself if it gets no slot, which with ``must`` only is where all are pinned."""
-    cache.held_N[:] = False
-    cache.held_N[[*pinned]] = True
-    evicted = cache.victim(expert_id, must)
-    if evicted != expert_id:
-        if evicted is not None:
-            cache.remove(evicted)
-        cache.add(expert_id)
-    return evicted
 
 
 def optimum(choices: Choices, slots: int) -> int:

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median_high
@@ -17,9 +19,12 @@ from slotmoe.offload.experts.misses import measure_link
 from slotmoe.offload.plan.advice import by_tier, predicted_components
 from slotmoe.offload.plan.memory import HELP_BYTES, kv_read_bytes
 from slotmoe.offload.plan.speed import Bandwidths, Setting
+from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy.cache import Choices, make_cache, replay
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export, Folder
+from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.system import bypass_page_cache, read_at
 
@@ -113,6 +118,29 @@ class Lasting:
     def setting(self, bandwidths: Bandwidths) -> Setting:
         run = bandwidths, self.cpu.threads, self.export.random_weights, self.misses
         return Setting(self.config, self.sizes, self.plan, *run)
+
+
+def best(setting: Setting, steps: Sequence[Sequence[Choices]], waste: float) -> Json:
+    """What of the budget's slots, policies and look-ahead, which reads ``waste`` in vain for each
+    miss, would decode those ``steps`` fastest, or as fast within 2% in fewer slots: ``options``,
+    ``slots``, their ``hit_rate`` and tokens a second.  Policies play the steps without inputs."""
+    plan, config, native = setting.plan, setting.config, load()
+    size, ways = (len(config.moe_layers), config.n_routed_experts), list[Json]()
+    for eighths, policy in product(range(8, 0, -1), POLICIES[::-1] if native else ("lru",)):
+        slots = max(config.num_experts_per_tok, plan.slots * eighths // 8)
+        hits = replay(make_cache(policy, slots, *size, native), steps)
+        there = replace(plan, slots=slots)
+        mib = -(-(plan.total - (plan.slots - slots) * plan.record_bytes) // (1 << 20))
+        for ahead in (True, False):
+            played = replace(setting, plan=there, known=hits, prefetch=ahead)
+            spent = played.predict(1, 1).decode_seconds
+            spent |= {"disk": spent["disk"] * (1 + waste * ahead)}
+            options = f"--{plan.tier} {mib}MiB --cache-policy {policy}"
+            way = {"options": options + " --no-prefetch" * (not ahead), "slots": slots}
+            ways.append(way | {"hit_rate": hits, "tokens_per_second": 1 / played.total(spent)})
+    most = max(way["tokens_per_second"] for way in ways)
+    near = [way for way in ways if way["tokens_per_second"] >= 0.98 * most]
+    return min(near, key=lambda way: (way["slots"], -way["tokens_per_second"]))
 
 
 def predict(setting: Setting, prompt_tokens: int, new_tokens: int) -> Json:

@@ -5,6 +5,7 @@ since the last mark.  It costs a fraction of a microsecond, a few hundred times 
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.system import peak_rss
 
 LONGEST = 4000  # samples kept; beyond them every second one goes and the interval doubles
+_FEW, REPLAYED = 16, 256  # tokens of a step, and such steps, whose routing is kept
 Moved = Callable[[], dict[str, int]]
 STAGES: tuple[str, ...] = ("attention", "gate", "experts", "shared experts and dense layers")
 STAGES += ("captured layers", "head", "cache and prefetch", "waiting for disk", "waiting for RAM")
@@ -55,6 +57,8 @@ class Profiler(Timer):
         self.passes: list[StepRecord] = []
         self.uses = [[0] * experts for _ in range(layers)]
         self.hits, self.misses, self.coming = ([0] * layers for _ in range(3))
+        # Indices of the last steps over few tokens, by layer.
+        self.routes = deque[list[list[list[int]]]](maxlen=REPLAYED)
         self._origin, self._count, self._wait = since, moved, wait
         self._seconds: dict[str, float] = {}
         self._began = self._last = 0.0
@@ -97,6 +101,10 @@ class Profiler(Timer):
 
     def on_layer(self, route: Route) -> None:
         """Count a gate's choice."""
+        if len(route.indices) <= _FEW and (self.routes or not route.moe_layer):
+            if route.moe_layer == 0:
+                self.routes.append([])
+            self.routes[-1].append(route.indices)
         for expert in chain.from_iterable(route.indices):
             self.uses[route.moe_layer][expert] += 1
         self.hits[route.moe_layer] += route.hits

@@ -213,9 +213,12 @@ class Setting:
     random_routing: bool
     misses: str = "fetch"
     prefetch: bool = True
+    known: float | None = None  # the plan's hit rate
 
     def hits(self, slots: int) -> float:
         """Hit rate to expect of so many slots: on text ``TEXT_HITS``, interpolated."""
+        if self.known is not None and slots <= self.plan.slots:
+            return self.known
         share = slots / (len(self.config.moe_layers) * self.config.n_routed_experts)
         if self.random_routing:
             return share
@@ -231,13 +234,13 @@ class Setting:
         if self.config.mtp:  # the engine drafts where that pays
             both = self._decode_seconds(depth, 2)
             drafting = {name: spent / (1 + HEAD_RIGHT) for name, spent in both.items()}
-            seconds = min(seconds, drafting, key=self._total)
+            seconds = min(seconds, drafting, key=self.total)
         prefill = self._prefill_seconds(prompt_tokens)
-        spent, slowest = self._total(prefill), max(seconds, key=seconds.__getitem__)
-        speeds = prompt_tokens / spent if spent else None, prefill, 1 / self._total(seconds)
+        spent, slowest = self.total(prefill), max(seconds, key=seconds.__getitem__)
+        speeds = prompt_tokens / spent if spent else None, prefill, 1 / self.total(seconds)
         return Speed(*speeds, self.hits(self.plan.slots), seconds, slowest)
 
-    def _total(self, seconds: dict[str, float]) -> float:
+    def total(self, seconds: dict[str, float]) -> float:
         """Reads hide behind computing, but not perfectly; the computing thread makes small ones."""
         disk = seconds["disk"]
         computing = sum(seconds.values()) - disk
@@ -324,7 +327,7 @@ class Setting:
         rates = self.bandwidths
         ways = ["fetch", "cpu"] + ["hybrid"] * (rates.beside_gpu() > 2 * rates.pcie_busy)
         settings = [replace(self, misses=way) for way in ways]
-        return min(settings, key=lambda it: it._total(it._decode_seconds(PREFILL_CHUNK, 1)))
+        return min(settings, key=lambda it: it.total(it._decode_seconds(PREFILL_CHUNK, 1)))
 
     def _prefill_seconds(self, tokens: int) -> dict[str, float]:
         """What a prompt waits for: each pass loads its experts once, and reads all weights for

@@ -12,7 +12,7 @@ Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N e
 features.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -250,3 +250,33 @@ def make_cache(
         return Cache(slots, layers, experts)
     assert native is not None
     return Learned(slots, layers, experts, native)
+
+
+def offer(cache: Cache, expert_id: int, pinned: Collection[int], must: bool = False) -> int | None:
+    """The absent ``expert_id`` was used: what is evicted for it, which is not ``pinned``, if
+    anything; itself if it gets no slot, which with ``must`` only is where all are pinned."""
+    cache.held_N[:] = False
+    cache.held_N[[*pinned]] = True
+    evicted = cache.victim(expert_id, must)
+    if evicted != expert_id:
+        if evicted is not None:
+            cache.remove(evicted)
+        cache.add(expert_id)
+    return evicted
+
+
+def replay(
+    cache: Cache, steps: Iterable[Sequence[Choices]], inputs: Sequence[Array] | None = None
+) -> float:
+    """The share of hits of an empty ``cache`` in ``steps``, each of all layers; ``inputs`` of them,
+    if there are, [M, D], where each is a token."""
+    for number, layers in enumerate(steps):
+        cache.advance(len(layers[0]))
+        for moe_layer, indices in enumerate(layers):
+            ids = {moe_layer * cache.experts + expert: 0 for chosen in indices for expert in chosen}
+            missing = [expert_id for expert_id in ids if expert_id not in cache]
+            x_TD = None if inputs is None else inputs[number][moe_layer, None]
+            cache.use_chunk(moe_layer, indices, x_TD=x_TD)
+            for expert_id in missing:
+                offer(cache, expert_id, ids)
+    return cache.hits / max(1, cache.hits + cache.misses)

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bench.replay import offer, read_trace
+from bench.replay import read_trace
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import FEATURES, Learned, fold, make_cache
+from slotmoe.offload.policy.cache import FEATURES, Learned, fold, make_cache, offer
 from slotmoe.offload.runtime import Runtime
 from tests.support import states
 from tests.support.engine import PROMPT

@@ -21,6 +21,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.profile.report import CHARTS, write_report
 from tests.support.engine import decode
 from tests.support.forkserver import OnTerminal
+from tests.support.kernels import needs_native
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
@@ -90,6 +91,19 @@ def test_the_report_adds_up(reported):
         assert sum(part[place] for part in series["components"].values()) <= whole + (1 << 20)
     slots = series["components"]["expert slots"]
     assert max(slots) == report["components"]["expert slots"]["ram"] == 60 * 28672
+
+
+@pytest.mark.usefixtures("no_charts")
+@needs_native
+def test_what_would_have_been_best(profile):
+    """A token uses 28 experts, so in 20 slots what was used last is never used again."""
+    code, out, err = profile(TEXT, "-n", 24, "--slots", 20, "--cache-policy", "lru", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    best, before = report["best"], report["decode_tokens_per_second"]
+    assert code == report["cache"]["hits"] == 0 < 0.05 < best["hit_rate"] and before > 0
+    assert " --cache-policy learned" in best["options"] and 0 < best["slots"] <= 20
+    assert best["options"] in report["verdict"] and "routes" not in report
 
 
 def test_watching_changes_no_logits_and_ends(sample_export):

@@ -51,6 +51,12 @@ def run(model: str, prompt: str | None, quiet: bool, given: Json) -> tuple[Json,
     tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
     report["verdict"] = verdict(report, setting)
     report["predicted"] = measure.predict(setting, *tokens)
+    layers, misses = len(lasting.config.moe_layers), max(1, report["cache"]["misses"])
+    if steps := [step for step in report.pop("routes") if len(step) == layers]:
+        best = measure.best(setting, steps, report["cache"]["prefetch_wasted"] / misses)
+        report["best"], speed = best, best["tokens_per_second"]
+        told = f"Best for this text: {best['options']}, where {best['hit_rate']:.0%} hits"
+        report["verdict"] += f" {told} and {speed:.1f} tokens/s are expected."
     return report, stopping
 
 
@@ -129,6 +135,7 @@ def _measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> J
         "peak_seconds": {tier: sampler.highest[tier].seconds for tier in latest},
         "steps": [asdict(step) for step in profiler.passes],
         "layers": _layers(runtime, profiler),
+        "routes": [*profiler.routes],
         "touched_per_token": measure.bytes_per_token(runtime.model, touched),
         "settings": settings,
         "bandwidths": {**link, "gpu": measure.read_bandwidth(runtime.model)} if link else {},
