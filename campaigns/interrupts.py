@@ -35,7 +35,7 @@ COMMANDS = {
     "quantize": "quantize CHECKPOINT WORK/export",
     "verify": "verify EXPORT",
     "synth": "synth CHECKPOINT/config.json WORK/export",
-    "plan": "plan v2-lite --ram 8GiB",
+    "plan": "plan v2-lite",
     "bench": f"bench EXPORT --prompt-tokens 64 --decode-tokens 16 --repetitions 1 {OPTIONS}",
     "eval": "eval EXPORT --text TEXT --reference EXPORT --window 128",
     "profile": f"profile EXPORT hello -n 40 {OPTIONS} -o WORK/report",
@@ -43,7 +43,7 @@ COMMANDS = {
     "rm": "rm --sessions --all --session-dir WORK",
     "doctor": "doctor",
 }
-SAME = {"run", "chat", "plan", "list"}  # whose output is the same each time
+SAME = {"run", "chat", "list"}  # whose output is the same each time; plan says what is free
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 

@@ -209,6 +209,7 @@ def test_files_are_as_documented(tmp_path):
     behind = last.begun(3, is_snapshot=True)
     given = [first, last], per_token(TOKEN_BYTES), rows_of, [behind]
     assert folder.add(*given) > folder.add(*given) == 0
+    assert fill(folder, [*range(67)]) == 0  # which a longer block begins with
     for block in (first, last, behind):
         count, start, rows = len(block.tokens), block.tokens[0], rows_of(block)
         ids = struct.pack(f"<{count}I", *block.tokens)
