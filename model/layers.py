@@ -137,8 +137,6 @@ def _best(scores_TE: Tensor, router: Router, bias_E: Tensor | None) -> Tensor:
 class LayerByLayer:
     """Runs layers operation by operation, for any number of tokens and every backend."""
 
-    embeds = False
-
     def __init__(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], backend: TorchBackend
     ):

@@ -148,8 +148,9 @@ class Network:
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
         if self._decoder and (few or self.backend.decodes_all):
             runner, size = self._decoder, min(size, self.rows)
+        embeds = runner is self._decoder and self.backend.kind == "native"
         if h_TD is None:
-            h_TD = self._unread_0D if runner.embeds else self._embedded(ids_T)
+            h_TD = self._unread_0D if embeds else self._embedded(ids_T)
         chunks, ends = [], [*accumulate(counts, initial=0)]
         for start in range(0, T, size):
             of: Sequence[Any] = states, [0] * len(states), counts
@@ -163,7 +164,7 @@ class Network:
                 ]
                 of = [*zip(*parts, strict=True)]
             rest = self.timer, ids_C
-            chunks.append(self._positions.chunk(h_CD, *of, *rest, embeds=runner.embeds))
+            chunks.append(self._positions.chunk(h_CD, *of, *rest, embeds=embeds))
         chunks[-1].ends, waiting = True, chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]

@@ -9,7 +9,6 @@ there are sessions those on disk, are reused by later prompts of its owner that 
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from collections.abc import Sequence as Sequenced
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -60,7 +59,7 @@ class Batch:
         self.waiting: deque[Request] = deque()
         self._line: list[Request] = []  # those of them whose prompt is on its way in
         self._at: dict[Request, Row] = {}  # what the pass under way is for
-        self._logits: tuple[Tensor | None, Sequenced[Tensor]] = None, ()  # of a row, one by one
+        self._logits: tuple[Tensor | None, tuple[Tensor, ...]] = None, ()  # of a row, one by one
         self.is_long = False  # whether that pass is long enough to be asked about at each layer
         self.seconds = 1.0  # a request's usual time from its start to its end
         self.totals = Totals()

@@ -17,17 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import (
-    Chunk,
-    Ends,
-    Geometry,
-    HyperGeometry,
-    Layer,
-    Mixed,
-    Mixing,
-    Pending,
-    Router,
-)
+from slotmoe.border import Chunk, Geometry, HyperGeometry, Layer, Mixed, Mixing, Pending, Router
 from slotmoe.quant.backends.attention import TorchAttention
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import Int8Weight, Placed, Weight, dequantize, map_tensors, rows
@@ -98,10 +88,6 @@ class RoutedExperts(Protocol):
 
 class Runner(Protocol):
     """Runs layers for a few tokens of each sequence, each bitwise what it gives alone."""
-
-    @property
-    def embeds(self) -> bool:
-        """Whether it begins with ids, and makes rotations."""
 
     @property
     def rows(self) -> int:
@@ -310,7 +296,7 @@ class TorchBackend(TorchAttention):
         return None
 
     def decoder(
-        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], ends: Ends[Prepared]
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], ends: border.Ends[Prepared]
     ) -> Runner | None:
         """What runs passes over a few tokens of each sequence, each bitwise what the operations
         give for it alone; None where the network shall run them so."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from operator import attrgetter
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -41,28 +41,6 @@ from slotmoe.tails import Tail
 _ENDED = 32  # rows whose logits a pass gives
 
 
-class _Results(NamedTuple):
-    """Memory of a native call that asks so many routers, and its addresses."""
-
-    y_TX: Tensor
-    norms: Tensor  # [routers + 1, T, D]
-    inputs: Tensor  # those of the routers
-    weights_TK: Tensor
-    logits_TV: Tensor
-    indices: Tensor  # [routers, T, K]
-    places: tuple[int, ...]
-    logits: int | None
-
-    @classmethod
-    def of(
-        cls, asked: int, y_TX: Tensor, norms: Tensor, weights_TK: Tensor, logits_TV: Tensor
-    ) -> "_Results":
-        indices = torch.empty(asked, *weights_TK.shape, dtype=torch.int64)
-        places = (*(tensor.data_ptr() for tensor in (y_TX, norms, weights_TK, indices)),)
-        logits = logits_TV.data_ptr() if len(logits_TV) else None
-        return cls(y_TX, norms, norms[:asked], weights_TK, logits_TV, indices, places, logits)
-
-
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
     lacks an expert.  See ``slotmoe.quant.backends.base.Runner``.
@@ -73,7 +51,6 @@ class NativeDecoder:
     """
 
     rows: ClassVar[int] = 1 << 30
-    embeds: ClassVar[bool] = True
 
     def __init__(
         self, native: Kernels, layers: BoundLayers, bind: Callable[[Records], ExpertSlab]
@@ -83,7 +60,7 @@ class NativeDecoder:
         self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
         self._inputs, self._states = Store(*layers.inputs), Store(*layers.states)
         # Of one token's call that asks so many routers; no two of a pass ask equally many.
-        self._results = dict[int, _Results]()
+        self._results = dict[int, tuple[list[Tensor], list[int]]]()
         self._slots_ME: Tensor | None = None  # that were checked last
         self._reached, self._spent = ctypes.c_int64(), (ctypes.c_double * len(STAGES))()
         kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
@@ -113,9 +90,11 @@ class NativeDecoder:
         gives = Q == 1 and T <= _ENDED
         if T > 1 or (results := self._results.get(asked)) is None:
             shapes = (T, sizes["X"]), (asked + 1, T, H), (T, sizes["K"]), (gives * T, sizes["V"])
-            results = _Results.of(asked, *map(torch.empty, shapes))
+            memory = [*map(torch.empty, shapes), torch.empty(asked, *shapes[2], dtype=torch.int64)]
+            results = [*memory, memory[1][:asked]], [tensor.data_ptr() for tensor in memory]
             if T == 1:
                 self._results[asked] = results
+        (y_TX, norms, weights_TK, logits_TV, indices, inputs), places = results
         h = address(chunk.h_TD, f32, T, sizes["X"]) if len(chunk.h_TD) else None
         x, routed = (address(tensor, f32, T, H) for tensor in (x_TD, chunk.routed_TD))
         post, comb = chunk.mixed or (None, None)
@@ -123,24 +102,24 @@ class NativeDecoder:
         self._native.call(
             *("decode", layers.address, first, T, h, ctypes.byref(tokens), slots_ME.data_ptr()),
             *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address, x, routed, *mixed),
-            *(*results.places, ctypes.byref(self._reached), results.logits, self._spent),
+            *(*places[:3], places[4], ctypes.byref(self._reached), places[3] or None, self._spent),
         )
         if chunk.timer is not border.NO_TIMER:
             ends = accumulate(self._spent, initial=began)
             for stage, now in zip(("cache and prefetch", *STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)
-        at, first, norms = self._reached.value, first + resumed, results.norms
-        chunk.layer, chunk.h_TD, indices = at, results.y_TX, results.indices
+        at, first = self._reached.value, first + resumed
+        chunk.layer, chunk.h_TD = at, y_TX
         if at == self._count:
-            chunk.logits_TV = results.logits_TV if gives else None
+            chunk.logits_TV = logits_TV if gives else None
             if asked:
-                experts.passed(first, indices, results.inputs)
+                experts.passed(first, indices, inputs)
             return None
         asked -= layers.routers_from[at + 1]
         if asked > 1:
             experts.passed(first, indices[: asked - 1], norms[: asked - 1])
         chunk.x_TD = norms[asked - 1]
-        return border.Pending(at, norms[asked - 1], results.weights_TK, indices[asked - 1])
+        return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
 
     def _latent(
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]

@@ -86,7 +86,7 @@ class Location:
 class TritonDecoder:
     """A ``Runner`` (``slotmoe.quant.backends.base``) whose results last until the next pass."""
 
-    rows, embeds = launch.ROWS, False
+    rows = launch.ROWS
 
     def __init__(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], few: FewExperts, limit: float

@@ -90,7 +90,6 @@ class VulkanBackend(TorchBackend):
     kind = name = "vulkan"
     absorbs = decodes_all = True
     rows, at_once = 512, 1e9  # of a pass; products of the first of its submits
-    embeds = False
     layout: RecordLayout
 
     def __init__(self, vulkan: kernels.Vulkan):
