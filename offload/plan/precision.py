@@ -203,11 +203,10 @@ def _codes(
     """What a group may have, the smallest first."""
     all_shapes, codes, role = resident_shapes(config), list[Coding](), role_of(names[0])
     first, last = (shapes.kind_of(name)[0] for name in (names[0], names[-1]))
-    allowed = ["int8"]
-    if role in ("matrix", "sensitive"):
-        allowed += ["lut4", *(["int6", "int5"] * (not triton))]
-        small = role == "sensitive" and "self_attn" in group[0]  # no decoder has an MLP in bf16
-        allowed += ["none"] * small
+    allowed, is_coded = ["int8"], role in ("matrix", "sensitive")
+    allowed += ["lut4"] * is_coded + ["int6", "int5"] * (is_coded and not triton)
+    # No decoder has an MLP in bf16.
+    allowed += ["none"] * (role == "sensitive" and "self_attn" in group[0])
     for code in allowed:
         rule = "" if code == "int8" else f" {group[0]}@{first}-{last}={code}"
         lost = _more(group, names[0], "int8" + rule, calibrated)

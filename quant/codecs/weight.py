@@ -33,11 +33,8 @@ class CodedWeight:
     def kind(self) -> int:
         """What the kernels call its codec."""
         bits = self.codes.shape[2] // (2 * BLOCK)
-        if self.scales.dtype == torch.uint8:
-            return KINDS[bits, "i4" if self.scales.shape[2] == TILE else "i8"]
-        if self.scales.dtype != torch.float16:
-            return KINDS[bits, "e8m0"]
-        return KINDS[bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
+        names = {torch.uint8: ("i4", "i8"), torch.float16: ("f16", "f16x2")}
+        return KINDS[bits, names.get(self.scales.dtype, ("", "e8m0"))[self.scales.shape[2] > TILE]]
 
     @property
     def nbytes(self) -> int:
