@@ -251,6 +251,9 @@ class Answer:
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
         text = _text(self._held)
+        if not (self._stops.strings or self._stops.calls):  # as most often
+            released, self._held = tuple(self._held), []
+            return Delta(text, released, complete=self.stream.complete)
         if stopped := self._stopped(text, False):
             return stopped
         before = len(self._stops.text_before_calls(text, False))

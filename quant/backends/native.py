@@ -96,12 +96,14 @@ class NativeDecoder:
                 self._results[asked] = results
         (y_TX, norms, weights_TK, logits_TV, indices, inputs), places = results
         h = address(chunk.h_TD, f32, T, sizes["X"]) if len(chunk.h_TD) else None
-        x, routed = (address(tensor, f32, T, H) for tensor in (x_TD, chunk.routed_TD))
-        post, comb = chunk.mixed or (None, None)
-        mixed = address(post, f32, T, Q), address(comb, f32, T, Q, Q)
+        x, routed, post, comb = None, None, None, None
+        if resumed:
+            x, routed = address(x_TD, f32, T, H), address(chunk.routed_TD, f32, T, H)
+        if mixed := chunk.mixed:
+            post, comb = address(mixed[0], f32, T, Q), address(mixed[1], f32, T, Q, Q)
         self._native.call(
             *("decode", layers.address, first, T, h, ctypes.byref(tokens), slots_ME.data_ptr()),
-            *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address, x, routed, *mixed),
+            *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address, x, routed, post, comb),
             *(*places[:3], places[4], ctypes.byref(self._reached), places[3] or None, self._spent),
         )
         if chunk.timer is not border.NO_TIMER:
