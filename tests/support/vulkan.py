@@ -45,9 +45,9 @@ needs_vulkan = pytest.mark.skipif(PROBLEM is not None, reason=f"no Vulkan 1.3: {
 
 class Loader:
     """The system's, but the ``at``-th call of function ``name`` gives ``result``: it stands before
-    that, so that any function of Vulkan fails at any call."""
+    that, so that any function of Vulkan fails at any call.  ``seen`` is first given what each is."""
 
-    def __init__(self, name, at, result):
+    def __init__(self, name, at, result, seen=lambda *_: None):
         system = ctypes.CDLL("libvulkan.so.1").vkGetInstanceProcAddr
         system.restype, system.argtypes = c_void_p, [c_void_p, ctypes.c_char_p]
         self.calls, self.at, self._kept = 0, at, []
@@ -60,6 +60,7 @@ class Loader:
 
             def call(*arguments):
                 self.calls += 1
+                seen(*arguments)
                 return result if self.calls == self.at else real(*arguments)
 
             self._kept.append(_Forward(call))
