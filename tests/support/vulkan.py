@@ -45,7 +45,7 @@ needs_vulkan = pytest.mark.skipif(PROBLEM is not None, reason=f"no Vulkan 1.3: {
 
 class Loader:
     """The system's, but the ``at``-th call of function ``name`` gives ``result``: it stands before
-    that, so that any function of Vulkan fails at any call.  ``seen`` is first given what each is."""
+    that, so that any function of Vulkan fails at any call.  ``seen`` gets its arguments first."""
 
     def __init__(self, name, at, result, seen=lambda *_: None):
         system = ctypes.CDLL("libvulkan.so.1").vkGetInstanceProcAddr
