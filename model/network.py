@@ -150,7 +150,9 @@ class Network:
             runner, size = self._decoder, min(size, self.rows)
         embeds = runner is self._decoder and self.backend.kind == "native"
         if h_TD is None:
-            h_TD = self._unread_0D if embeds else self._embedded(ids_T)
+            h_TD = self._unread_0D if embeds else self.backend.embed(ids_T, self.embed_tokens)
+            if self.config.hyper is not None and not embeds:
+                h_TD = h_TD.repeat(1, self.config.hyper.mult)
         chunks, ends = [], [*accumulate(counts, initial=0)]
         for start in range(0, T, size):
             of: Sequence[Any] = states, [0] * len(states), counts
@@ -172,10 +174,6 @@ class Network:
             state.done(count)
         self._ended = chunks[-1].h_TD, chunks[-1].logits_TV
         return h_TD if len(chunks) > 1 else chunks[0].h_TD
-
-    def _embedded(self, ids_T: Tensor) -> Tensor:
-        h_TD = self.backend.embed(ids_T, self.embed_tokens)
-        return h_TD if self.config.hyper is None else h_TD.repeat(1, self.config.hyper.mult)
 
     def _advance(self, chunk: Chunk, runner: Runner | LayerByLayer) -> bool:
         """Take a chunk to and through the next layer with experts; False if there is none."""

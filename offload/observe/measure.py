@@ -129,10 +129,9 @@ def best(setting: Setting, steps: Sequence[Sequence[Choices]], waste: float) -> 
     for eighths, policy in product(range(8, 0, -1), POLICIES[::-1] if native else ("lru",)):
         slots = max(config.num_experts_per_tok, plan.slots * eighths // 8)
         hits = replay(make_cache(policy, slots, *size, native), steps)
-        there = replace(plan, slots=slots)
         mib = -(-(plan.total - (plan.slots - slots) * plan.record_bytes) // (1 << 20))
         for ahead in (True, False):
-            played = replace(setting, plan=there, known=hits, prefetch=ahead)
+            played = replace(setting, plan=replace(plan, slots=slots), known=hits, prefetch=ahead)
             spent = played.predict(1, 1).decode_seconds
             spent |= {"disk": spent["disk"] * (1 + waste * ahead)}
             options = f"--{plan.tier} {mib}MiB --cache-policy {policy}"

@@ -65,8 +65,7 @@ CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small"))
 _Rate = Annotated[float, Meta(ge=1e-12, le=10**15)]
 MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
 OF_GPU = ("gpu", "pcie", "pcie_busy", "experts")  # those that are of one GPU, and of its link
-# Products and bytes beside AVX-512's, by the set's first letters: a Zen 5 core, for AMX Sapphire
-# Rapids; NEON is guessed.
+# Products and bytes beside AVX-512's by sets' first letters: Zen 5, Sapphire Rapids; NEON guessed.
 SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.55, 1.0), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
 SETS["amx"] = 1.25, 0.94
 
