@@ -3,6 +3,7 @@ plan needs before a download."""
 
 import math
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from slotmoe.quant.codecs.codec import INT5, INT6, LUT4, NF4, Codec, ExpertCodecs
@@ -120,3 +121,18 @@ def latent_bytes(r: int, p: int) -> int:
     """Bytes of a row of the native kernels' latent cache: one for each of R latent and P rope
     columns, either rounded up to 4, and a scale and a sum of 4 bytes for each."""
     return -(-r // 4) * 4 + -(-p // 4) * 4 + 16
+
+
+@dataclass
+class GroupShape:
+    """Compressed rows of `layers` with one ratio, or with `index` the keys of those layers."""
+
+    ratio: int
+    width: int
+    overlaps: bool
+    index: bool
+    layers: int = 0
+
+
+Groups = dict[tuple[int, bool], GroupShape]
+"""By ratio, and whether they are keys of an indexer."""

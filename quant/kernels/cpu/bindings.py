@@ -38,8 +38,8 @@ from slotmoe.quant.kernels.cpu.signatures import (
     check,
     tensor_spec,
 )
-from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, GroupShape, Matrix, Structure
-from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
+from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
+from slotmoe.quant.shapes import SWIGLU, Activation, GroupShape, latent_bytes, record_bytes
 from slotmoe.state import Empty, Group
 from slotmoe.system import cores
 

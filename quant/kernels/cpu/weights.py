@@ -7,7 +7,6 @@ A heads, R the latent's columns or a head's, Q the query's latent, X all queries
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import starmap
 
 import torch
@@ -29,7 +28,7 @@ from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
-from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
+from slotmoe.quant.shapes import SWIGLU, Activation, Groups, GroupShape, latent_bytes
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 9 + its source type.  The
 # last is int8 in rows, of which no products are made.
@@ -238,22 +237,10 @@ _MODEL = Structure(
 )
 
 
-@dataclass
-class GroupShape:
-    """Compressed rows of `layers` with one ratio, or with `index` the keys of those layers."""
-
-    ratio: int
-    width: int
-    overlaps: bool
-    index: bool
-    layers: int = 0
+Layers = Sequence[Layer[Prepared]]
 
 
-Groups = dict[tuple[int, bool], GroupShape]
-"""By ratio, and whether they are keys of an indexer."""
-
-
-def sizes_of(geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> dict[str, int]:
+def sizes_of(geometry: Geometry, layers: Layers) -> dict[str, int]:
     """What all layers have alike."""
     layer = next((one for one in layers if not isinstance(one.attention, Delta)), layers[0])
     attention, (heads, n, p, r, v) = layer.attention, geometry[:5]
@@ -394,11 +381,7 @@ class BoundLayers(Bound):
     experts or a dense one; at least one layer has a router.  Raises `ValueError`."""
 
     def __init__(
-        self,
-        geometry: Geometry,
-        layers: Sequence[Layer[Prepared]],
-        ends: Ends[Prepared],
-        mlps: Sequence[BoundMlp | None],
+        self, geometry: Geometry, layers: Layers, ends: Ends[Prepared], mlps: Sequence[object]
     ) -> None:
         sizes, groups, bound = sizes_of(geometry, layers), Groups(), list[Bound]()
         sizes["K"], deltas, indexers, topk, self.window = geometry.router.top_k, 0, 0, 0, 0
@@ -422,7 +405,7 @@ class BoundLayers(Bound):
                     topk = geometry.indexer.topk
                 mla = mla_layer(geometry, layer, sizes, len(bound) - deltas, indexers, topk)
                 indexers += has
-            if mlp is not None:
+            if isinstance(mlp, BoundMlp):
                 mlp.agree(sizes)
             mixings = layer.attention_mixing, layer.mlp_mixing
             both = [_hyper(mixing, geometry, sizes["H"]) for mixing in mixings]
@@ -449,10 +432,16 @@ class BoundLayers(Bound):
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
         counts = len(layers), hidden, experts, self.streams, ends.head.shape[0]
-        start = ctypes.addressof(natives)
         model = _MODEL.bind(
             sizes,
-            *(*counts, start, *values_of(geometry.router), ends.embedding, ends.head, sizes["C"]),
+            *(
+                *counts,
+                ctypes.addressof(natives),
+                *values_of(geometry.router),
+                ends.embedding,
+                ends.head,
+                sizes["C"],
+            ),
             *(ends.norm_D, ends.frequencies_C, geometry.eps, ends.factor),
         )
         sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K", "V")}
