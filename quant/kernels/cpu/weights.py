@@ -432,18 +432,10 @@ class BoundLayers(Bound):
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
         counts = len(layers), hidden, experts, self.streams, ends.head.shape[0]
-        model = _MODEL.bind(
-            sizes,
-            *(
-                *counts,
-                ctypes.addressof(natives),
-                *values_of(geometry.router),
-                ends.embedding,
-                ends.head,
-                sizes["C"],
-            ),
-            *(ends.norm_D, ends.frequencies_C, geometry.eps, ends.factor),
-        )
+        start, routers = ctypes.addressof(natives), values_of(geometry.router)
+        others = sizes["C"], ends.norm_D, ends.frequencies_C, geometry.eps, ends.factor
+        weights = ends.embedding, ends.head
+        model = _MODEL.bind(sizes, *counts, start, *routers, *weights, *others)
         sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K", "V")}
         sizes |= {"M": sum(routed), "Q": self.streams, "X": self.streams * hidden}
         super().__init__(model.native, sizes, model, natives, bound)
