@@ -17,7 +17,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.kernels.cpu.bindings import load
-from tests.support import v4
+from tests.support import engine, v4
 from tests.support.encoded import packed
 from tests.support.families import (
     CASES,
@@ -53,7 +53,7 @@ from tests.support.oracle import relative, transformers_logits
 from tests.support.params import nth
 from tests.support.v4 import V4
 
-IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
+IDS = engine.words(7, 40)
 EVERY = {**{name: (V2, overrides) for name, overrides in V2_CASES.items()}, **CASES}
 
 
@@ -82,8 +82,7 @@ def test_passes_of_any_size_equal_transformers(case, tmp_path):
     more = {"max_position_embeddings": 1024, "index_n_heads": 16} if case in SEEDS else {}
     v4.write_case(tmp_path, case, **more)
     count, passes = LONG if case in SEEDS else OVER_CHUNKS if case in DELTA_CASES else SHORT
-    generator = torch.Generator().manual_seed(SEEDS.get(case, 1))
-    ids = torch.randint(2, 4000, (count,), generator=generator).tolist()
+    ids = engine.words(SEEDS.get(case, 1), count)
     wanted, network = transformers_logits(tmp_path, ids), reference_of(tmp_path)
     assert case in SEEDS or not network.config.unknown_keys
     for sizes, chunk in zip([[count], [count], *passes], [count, 16] * 2, strict=True):
@@ -108,7 +107,7 @@ def test_texts_of_every_length_equal_transformers(case, kind, lengths, tmp_path)
     if kind is ByRule and load() is None:
         pytest.skip("the native kernels are not built")
     v4.write_case(tmp_path, case)
-    ids = torch.randint(2, 4000, (193,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = engine.words(1, 193)
     wanted, network = transformers_logits(tmp_path, ids), reference_of(tmp_path, kind)
     for length in lengths:
         state = reference_cache(network.config, length)
@@ -243,12 +242,10 @@ def test_a_value_that_the_family_has_not_is_named(family, overrides, words):
 def test_sarvam_is_v3_in_other_words():
     v3 = config_of(V3, rope_parameters=YARN)
     given = {**v3, "model_type": "sarvam_mla", "architectures": ["SarvamMLAForCausalLM"]}
-    given |= {"num_experts": given.pop("n_routed_experts"), "rope_scaling": {**YARN}}
+    given |= {"num_experts": given.pop("n_routed_experts")}
     given |= {"num_shared_experts": given.pop("n_shared_experts")}
-    given["rope_scaling"]["type"] = (
-        given["rope_scaling"].pop("rope_type").replace("y", "deepseek_y")
-    )
-    del given["rope_parameters"]
+    given["rope_scaling"] = {**given.pop("rope_parameters"), "type": "deepseek_yarn"}
+    del given["rope_scaling"]["rope_type"]
     wanted = parse_config(v3)
     assert replace(parse_config(given), family=wanted.family) == wanted
     with pytest.raises(ConfigError, match=r"num_experts is 0"):

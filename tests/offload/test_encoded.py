@@ -13,10 +13,11 @@ from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name, spelled, split_expert
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codecs.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.codecs.encode import quantize_nf4
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, layer_file
 from slotmoe.quant.export.reader import Export
+from tests.support.codes import parts_of
 from tests.support.disk import Stop, stop_at, tree
 from tests.support.encoded import (
     FP4,
@@ -35,9 +36,9 @@ from tests.support.encoded import (
     write_files,
 )
 from tests.support.families import IN_BLOCKS, MINIMAX, OSS, PLAIN_ROPE, QWEN3, write_family
-from tests.support.hostile import flip
+from tests.support.hostile import edit_json, flip
 from tests.support.hub import NAME, Repo, fill_cache, make
-from tests.support.oracle import relative, untile
+from tests.support.oracle import relative
 from tests.support.tiny import write_checkpoint
 
 # Blocks are cut off at the end of rows and of columns; ranks are no multiple of a block.
@@ -93,8 +94,8 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_t
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
             if quant_type == "nf4":
                 pairs = torch.stack([stored[name] >> 4, stored[name] & 15], -1).view(weight.shape)
-                codes, _ = quantize_nf4(plain[name])
-                assert (untile(codes.numpy())[: len(pairs)] == pairs.numpy()).all()
+                ours = (part.numpy() for part in quantize_nf4(plain[name]))
+                assert (parts_of(NF4.describe(), *ours, *pairs.shape)[0] == pairs.numpy()).all()
 
 
 @pytest.mark.parametrize(
@@ -223,9 +224,7 @@ def test_export_is_that_of_the_decoded_weights(source, tmp_path, monkeypatch):
     for path in [*plain.glob("*.safetensors"), plain / "model.safetensors.index.json"]:
         path.unlink()
     save_file(tensors, plain / "model.safetensors")
-    config = json.loads((plain / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (plain / "config.json").write_text(json.dumps(config))
+    edit_json(plain / "config.json", lambda it: it.pop("quantization_config", None))
     for folder in (source, plain):
         quantize(folder, tmp_path / f"{folder.name}-e", codecs=EXPERT_CODECS["nf4", "4"])
     assert weights_of(tmp_path / "tiny-e") == weights_of(tmp_path / "plain-e")

@@ -15,6 +15,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
 from tests.support.disk import Stop, stop_at, tree
 from tests.support.forkserver import Forked
+from tests.support.hostile import edit_json
 from tests.support.hub import (
     HUB,
     NAME,
@@ -235,12 +236,7 @@ def test_what_is_cached_is_used_and_without_a_network_enough_or_what_is_missing_
 
 
 def edited(name, change):
-    def edit(repo):
-        values = json.loads(repo.files[name].read_text())
-        change(values)
-        repo.files[name].write_text(json.dumps(values))
-
-    return edit
+    return lambda repo: edit_json(repo.files[name], change)
 
 
 def terabyte(repo):

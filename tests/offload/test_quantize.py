@@ -392,14 +392,9 @@ def forged(data, chance):
 
 def damaged(data, chance):
     at = chance.randrange(len(data)) if data else 0
-    return chance.choice(
-        (
-            data + chance.randbytes(5000),
-            data[:at],
-            data[:at] + bytes(len(data[at : at + 64])) + data[at + 64 :],
-            data[:at] + bytes(byte ^ 4 for byte in data[at : at + 1]) + data[at + 1 :],
-        )
-    )
+    zeros = data[:at] + bytes(len(data[at : at + 64])) + data[at + 64 :]
+    flipped = data[:at] + bytes(byte ^ 4 for byte in data[at : at + 1]) + data[at + 1 :]
+    return chance.choice((data + chance.randbytes(5000), data[:at], zeros, flipped))
 
 
 @pytest.mark.parametrize("way", WAYS)

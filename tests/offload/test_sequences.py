@@ -12,18 +12,13 @@ import torch
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.quant.shapes import MARKS
-from tests.support.engine import decode, failing
+from tests.support.engine import decode, failing, words
 from tests.support.hostile import flip
 from tests.support.params import nth
 from tests.support.v4 import export_of, state_bytes
 
 NAMES = ("v4", "v3.2", "windows", "delta", "kimi")
 pytestmark = pytest.mark.usefixtures("heavy")
-
-
-def words(seed, count):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, 4000, (count,), generator=generator).tolist()
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -2,7 +2,6 @@
 read once for all, and no short prompt waits for a long one."""
 
 import asyncio
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,15 +17,9 @@ from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.passes import Sequence
 from slotmoe.offload.engine.requests import _WAIT_SECONDS, Forced, Request, wait_for
 from slotmoe.offload.runtime import Runtime
-from tests.support.engine import at_once, decode, failing, passes_of, together, until, whole
+from tests.support.engine import at_once, decode, failing, passes_of, together, until, whole, words
 
 MORE = [7, 8, 300]  # what is decoded behind each prompt
-
-
-def words(seed, count):
-    return [
-        random.Random(seed).randrange(2, 4000) for seed in range(seed << 16, (seed << 16) + count)
-    ]
 
 
 def lengths(*counts):

@@ -66,10 +66,8 @@ def test_attend(kernels, tokens, heads, longest, r, p, seed):
     rows = rng.standard_normal((int(rng.integers(1, 300)), r + p))
     split = int(rng.integers(0, len(rows) + 1))
     places = [latent_cache(part, r, 5) for part in np.split(rows, [split])]
-    lists, lengths = (
-        rng.integers(0, len(rows), (tokens, longest)),
-        rng.integers(0, longest + 1, tokens),
-    )
+    lists = rng.integers(0, len(rows), (tokens, longest))
+    lengths = rng.integers(0, longest + 1, tokens)
     lists[np.arange(longest) >= lengths[:, None]] = -1
     q, sinks = rng.standard_normal((tokens, heads, r + p)), rng.standard_normal(heads) * 3
     listed = ListedRows(*places, torch.from_numpy(lists.astype(np.int32)), torch_of(sinks))
@@ -236,8 +234,7 @@ def delta_case(rng, G, each, K, V, rows, tokens):
     weights = [torch_of(rng.standard_normal(size)) for size in sizes]
     weights[1] = weights[1] * 2 - 2  # some heads forget at once, some hardly ever
     inputs, z = (
-        rng.standard_normal((rows, columns + A + decays)),
-        rng.standard_normal((tokens, A, V)),
+        rng.standard_normal(size) for size in ((rows, columns + A + decays), (tokens, A, V))
     )
     return inputs, z, weights, rng.standard_normal((A, K, V))
 

@@ -131,9 +131,9 @@ def streams(kernels, rng, t):
     """Hyper-connections and compressors of DeepSeek-V4."""
     h, y = torch_of(rng.standard_normal((t, 4, 300))), torch_of(rng.standard_normal((t, 300)))
     fn, base = torch_of(rng.standard_normal((24, 4, 300)) / 35), torch_of(rng.standard_normal(24))
-    head, gates = (
-        (fn[:4].contiguous(), base[:4].contiguous()),
+    gates, head = (
         torch_of(rng.standard_normal((8, 300))),
+        (fn[:4].contiguous(), base[:4].contiguous()),
     )
 
     def run(rows):

@@ -11,7 +11,15 @@ from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
-IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def words(seed, count):
+    """A text of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 4000, (count,), generator=generator).tolist()
+
+
+IDS = words(3, 60)
 
 
 def until(condition, seconds=30.0):

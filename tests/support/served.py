@@ -137,11 +137,8 @@ def request(body, **headers):
     fields = {"Host": "localhost", "Content-Type": "application/json", **headers}
     if "Transfer-Encoding" not in fields:
         fields.setdefault("Content-Length", len(body))
-    lines = [
-        "POST /v1/completions HTTP/1.1",
-        *(f"{name}: {value}" for name, value in fields.items()),
-    ]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return "\r\n".join(["POST /v1/completions HTTP/1.1", *lines, "", ""]).encode() + body
 
 
 class Served:

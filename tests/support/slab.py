@@ -28,11 +28,8 @@ class SlabExperts:
     """
 
     def __init__(self, backend, config, weights, device, complete=False, in_table=(), codecs=NF4S):
-        sizes, biases = (
-            (config.hidden_size, config.moe_intermediate_size),
-            config.family.expert_biases,
-        )
-        layout = RecordLayout(*sizes, codecs, biases)
+        sizes = config.hidden_size, config.moe_intermediate_size
+        layout = RecordLayout(*sizes, codecs, config.family.expert_biases)
         self.complete, self.in_table, self._backend = complete, in_table, backend
         self._layers, self._experts = config.moe_layers, config.n_routed_experts
         count = len(self._layers) * self._experts

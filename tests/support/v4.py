@@ -29,11 +29,8 @@ from tests.support.families import config_of as family_config
 from tests.support.tiny import REMOVE, write_files
 
 V4 = "deepseek_v4"
-WINDOW, CSA, HCA = (
-    "sliding_attention",
-    "compressed_sparse_attention",
-    "heavily_compressed_attention",
-)
+WINDOW, CSA = "sliding_attention", "compressed_sparse_attention"
+HCA = "heavily_compressed_attention"
 _TYPES = {0: WINDOW, 4: CSA, 128: HCA}
 _LEFT_OUT = ("expert_dtype", "num_nextn_predict_layers", "quantization_config")
 CONFIG = json.loads(geometry_path("v4-flash").read_text())

@@ -50,6 +50,14 @@ def anthropic_client(served):
 
 
 @pytest.fixture
+def texts(served, monkeypatch):
+    """What the model reads of each request."""
+    texts, encode = [], served.service.encode
+    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
+    return texts
+
+
+@pytest.fixture
 def steps(runtime, monkeypatch):
     """Let each step of ``runtime`` that decodes be preceded by a call."""
     passes = runtime.engine.batch.passes

@@ -40,14 +40,6 @@ def context():
     return 1024
 
 
-@pytest.fixture
-def texts(served, monkeypatch):
-    """What the model reads of each request."""
-    texts, encode = [], served.service.encode
-    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
-    return texts
-
-
 def test_tools_of_codex_are_functions_of_the_model_and_come_back_as_they_were(openai_client):
     def call(kind, name):
         choice = {"type": kind, "name": name}

@@ -343,7 +343,7 @@ def test_ollamas_calls_have_objects(served, monkeypatch, limit):
         assert call["function"]["index"] == index
 
 
-def test_ollamas_results_need_no_ids(served, monkeypatch):
+def test_ollamas_results_need_no_ids(served, texts):
     """What the model reads is what it reads of the same conversation with ids."""
     made = [("weather", {"city": "Rome"}), ("stop", {}), ("weather", {"city": "Paris"})]
     ours, theirs = [], []
@@ -357,8 +357,6 @@ def test_ollamas_results_need_no_ids(served, monkeypatch):
     ours += [{"role": "tool", "tool_name": name, "content": n} for name, n in results]
     theirs = [*USER, {**said, "tool_calls": theirs}]
     theirs += [{"role": "tool", "tool_call_id": n, "content": n} for _, n in results]
-    texts, encode = [], served.service.encode
-    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
     ask(served, CHAT, messages=theirs, tools=TOOLS)
     ask(served, OLLAMA, messages=ours, tools=TOOLS)
     assert texts[0] == texts[1]

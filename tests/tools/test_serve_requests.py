@@ -407,11 +407,8 @@ BAD = [
 
 @pytest.mark.parametrize(("schema", "expected"), BAD)
 def test_a_bad_schema_is_refused_and_leaves_no_trace(served, schema, expected):
-    before, (status, answer, _), after = (
-        ask(served, OBJECT),
-        ask(served, schema),
-        ask(served, OBJECT),
-    )
+    asked = OBJECT, schema, OBJECT
+    before, (status, answer, _), after = (ask(served, each) for each in asked)
     assert (status, before[1]["choices"]) == (expected, after[1]["choices"]), answer
     assert answer["error"]["param"] == "response_format"
     assert ask(served, schema, True)[0] == expected

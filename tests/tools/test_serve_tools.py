@@ -105,10 +105,8 @@ def template(result, before, each, after=""):
 
 
 NAME, ARGUMENTS = "{{ c.function.name }}", "{{ c.function.arguments }}"
-EACH, VALUE = (
-    "{% for k, v in c.function.arguments.items() %}",
-    "{{ v if v is string else v | tojson }}",
-)
+EACH = "{% for k, v in c.function.arguments.items() %}"
+VALUE = "{{ v if v is string else v | tojson }}"
 N = "{{ '\\n' }}"
 TEMPLATES = {
     NATIVE: "{{ bos_token }}{# knows " + CALLS + " #}{% for m in messages %}"
@@ -211,10 +209,8 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
     assert read(form, form.lead + two, width) == read(form, two, width) == WANTED
     for text in ("", "a < b", "So.\n\n", "a\n\n\n<b", "Hi " + form.opening[:-1]):
         assert read(form, text, width) == [ContentDelta(text)] * bool(text)
-    thought, marks = (
-        ContentDelta("Hm 1 < 2", reasoning=True),
-        ReasoningMarks("<think>", "</think>", {}),
-    )
+    thought = ContentDelta("Hm 1 < 2", reasoning=True)
+    marks = ReasoningMarks("<think>", "</think>", {})
     answer = f"Hm 1 < 2</think>{form.lead}{two}"
     assert read(form, answer, width, splitter=Splitter(marks, True)) == [thought, *WANTED]
     for end in range(len(form.opening), two.index("days"), 7):
