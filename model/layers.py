@@ -154,7 +154,8 @@ class LayerByLayer:
             x_TD = backend.rms_norm(x_TD, layer.input_layernorm, eps)
             y_TD = self._attentions[type(layer.attention)](chunk, layer.attention, x_TD)
             self._add(chunk, y_TD, mixed)
-            chunk.timer.mark("attention")
+            if chunk.timer is not None:
+                chunk.timer.mark("attention")
             x_TD, chunk.mixed = self._input(chunk, layer.mlp_mixing)
             chunk.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
@@ -166,7 +167,8 @@ class LayerByLayer:
                     chosen_TK = layer.experts_of[chunk.ids_T].long()
                 inputs = logits_TE, router, layer.gate_bias, chosen_TK
                 choice = backend.route(*inputs) or route(*inputs)
-                chunk.timer.mark("gate")
+                if chunk.timer is not None:
+                    chunk.timer.mark("gate")
                 return Pending(chunk.layer, x_TD, *choice)
             self.feed_forward(chunk)
         return None
@@ -181,7 +183,8 @@ class LayerByLayer:
         assert y_TD is not None
         self._add(chunk, y_TD, chunk.mixed)
         chunk.layer, chunk.x_TD, chunk.routed_TD, chunk.mixed = chunk.layer + 1, None, None, None
-        chunk.timer.mark("shared experts and dense layers")
+        if chunk.timer is not None:
+            chunk.timer.mark("shared experts and dense layers")
 
     def _input(self, chunk: Chunk, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
         """What a block reads of the residual streams, and how they take in what it gives."""

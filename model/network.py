@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from slotmoe.border import NO_TIMER, Chunk, Ends, Mixing, Timer
+from slotmoe.border import Chunk, Ends, Mixing, Timer
 from slotmoe.model import names
 from slotmoe.model.attention_config import Rope
 from slotmoe.model.config import Config
@@ -126,7 +126,7 @@ class Network:
         self._ended: tuple[Tensor, Tensor | None] = self.norm, None  # what a pass gave, its logits
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
-        self.timer: Timer = NO_TIMER
+        self.timer: Timer | None = None
 
     def forward(
         self, ids_T: Tensor, states: States, counts: Sequence[int] = (), h_TD: Tensor | None = None
@@ -143,7 +143,8 @@ class Network:
         pairs = [*zip(states, counts, strict=True)]
         for state, count in pairs:
             state.begin(count)
-        self.timer.mark("rest")
+        if self.timer is not None:
+            self.timer.mark("rest")
         runner: Runner | LayerByLayer = self._layer_by_layer
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
         if self._decoder and (few or self.backend.decodes_all):
@@ -194,7 +195,8 @@ class Network:
             h_TD = self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
         how = self.norm, self.config.rms_norm_eps, self.lm_head
         logits_TV = self.backend.normed_linear(h_TD, *how)
-        self.timer.mark("head")
+        if self.timer is not None:
+            self.timer.mark("head")
         return logits_TV
 
     def head_each(self, h_TD: Tensor) -> Tensor:

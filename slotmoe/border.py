@@ -22,7 +22,7 @@ Biases = tuple[Tensor, Tensor, Tensor]
 
 
 class Timer:
-    """Where a pass says what it has just done.  A profiler keeps it, this does not."""
+    """Where a pass says what it has just done; a profiler keeps it."""
 
     def begin(self) -> None:
         """A pass begins."""
@@ -35,9 +35,6 @@ class Timer:
 
     def mark(self, stage: str, now: float | None = None) -> None:
         """The time since the last mark, until ``now`` (``time.perf_counter()``), is ``stage``'s."""
-
-
-NO_TIMER = Timer()
 
 
 @dataclass(frozen=True)
@@ -377,7 +374,7 @@ class Chunk:
     caches: Sequence[SequenceState]
     before: Sequence[int]
     counts: Sequence[int]
-    timer: Timer
+    timer: Timer | None
     ids_T: Tensor | None
     layer: int = 0
     x_TD: Tensor | None = None

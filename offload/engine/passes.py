@@ -207,8 +207,8 @@ class Passes:
 
     def run(self, rows: Sequenced[Row]) -> None:
         """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
-        timer = self._model.network.timer
-        timer.begin()
+        if (timer := self._model.network.timer) is not None:
+            timer.begin()
         started = time.perf_counter()
         decoding = [row for row in rows if not row.is_prompt]
         read = 0 if len(decoding) == len(rows) else sum(len(r.ids) for r in rows if r.is_prompt)
@@ -230,13 +230,15 @@ class Passes:
         self.tokens["prefill_tokens"] += read
         self.tokens["decode_tokens"] += len(decoding)
         self.seconds[f"{kind}_seconds"] += time.perf_counter() - started
-        timer.end(kind, read + len(decoding))
+        if timer is not None:
+            timer.end(kind, read + len(decoding))
 
     def accept(self, row: Row, id: int) -> None:
         """The next token of a row's draft has come."""
         row.sequence.accept(id)
         self.tokens["decode_tokens"] += 1
-        self._model.network.timer.accepted()
+        if self._model.network.timer is not None:
+            self._model.network.timer.accepted()
         assert self.drafting is not None
         self.drafting.accepted += 1
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.border import NO_TIMER, Timer
+from slotmoe.border import Timer
 from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event
@@ -129,7 +129,7 @@ class Experts:
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = 0
-        self.timer: Timer = NO_TIMER
+        self.timer: Timer | None = None
 
     def on_layer(self, listener: OnLayer, inputs: bool = False) -> Callable[[], None]:
         """Call ``listener`` with each gate's choice from now on, until the returned function is
@@ -220,7 +220,8 @@ class Experts:
         try:
             for slots_E in self._bring(moe_layer, x_TD, indices_TK, y_TKD):
                 self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
-                self.timer.mark("experts")
+                if self.timer is not None:
+                    self.timer.mark("experts")
         finally:
             self.slots.release()
             if self.hybrid is not None:
@@ -282,7 +283,8 @@ class Experts:
         seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
         # The disk is at work by now, or the link.
         self._cache.use_chunk(moe_layer, indices, self._pass.later, seen_TD)
-        self.timer.mark("cache and prefetch")
+        if self.timer is not None:
+            self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
             if expert_id in work.used:
@@ -319,7 +321,8 @@ class Experts:
             if done or work.cached:
                 work.copies += [read.copy for read in done if read.copy is not None]
                 slots.take(done)
-                self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
+                if self.timer is not None:
+                    self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
                 work.reads = [read for read in work.reads if read not in done]
                 self._note_idle(work)
                 used = [read.expert_id for read in done]
@@ -329,7 +332,8 @@ class Experts:
             elif not self._compute(work, y_TKD):
                 self.look()  # a layer may have many experts to wait for
                 slots.wait([*work.reads, *acquired])
-                self.timer.mark("waiting for disk")
+                if self.timer is not None:
+                    self.timer.mark("waiting for disk")
 
     def _compute(self, work: LayerWork, y_TKD: Tensor) -> bool:
         """Let the CPU compute what has arrived of its part; whether there was anything."""
@@ -338,7 +342,8 @@ class Experts:
             return False
         ready, _ = _first([read.expert_id for read in arrived], work.uses)
         hybrid.compute(arrived[: len(ready)], work.moe_layer, y_TKD)
-        self.timer.mark("experts")
+        if self.timer is not None:
+            self.timer.mark("experts")
         return True
 
     def _note_idle(self, work: LayerWork) -> None:
@@ -404,7 +409,8 @@ class Experts:
         if moe_layer >= self._count - 1 and self._pass.later == 0:
             self._pass = Progress()
         self.look()
-        self.timer.mark("cache and prefetch")
+        if self.timer is not None:
+            self.timer.mark("cache and prefetch")
 
     # The runtime's side
 

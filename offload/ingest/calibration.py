@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.border import NO_TIMER, Chunk, Pending
+from slotmoe.border import Chunk, Pending
 from slotmoe.errors import ConfigError, reading
 from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -226,7 +226,7 @@ class Calibration:
         ids_T = torch.tensor(self._ids, device=self._device)
         windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
         for h_WD, ids_W in zip(*windows, strict=True):
-            chunk = self._positions.chunk(h_WD, [state], [0], [len(h_WD)], NO_TIMER, ids_W)
+            chunk = self._positions.chunk(h_WD, [state], [0], [len(h_WD)], None, ids_W)
             state.begin(len(h_WD))
             if (pending := runner.run_layers(chunk)) is not None:
                 pendings.append(pending)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
 
-from slotmoe.border import NO_TIMER, Timer
+from slotmoe.border import Timer
 from slotmoe.errors import informs
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.experts.experts import Route
@@ -146,7 +146,7 @@ def profiled(runtime: Runtime, origin: float) -> Iterator[Profiler]:
     def end() -> None:
         stop_listening()
         profiler.between_steps()
-        model.network.timer = experts.timer = NO_TIMER
+        model.network.timer = experts.timer = None
 
     yield profiler
     runtime.engine.call(end)

@@ -106,7 +106,7 @@ class NativeDecoder:
             *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address, x, routed, post, comb),
             *(*places[:3], places[4], ctypes.byref(self._reached), places[3] or None, self._spent),
         )
-        if chunk.timer is not border.NO_TIMER:
+        if chunk.timer is not None:
             ends = accumulate(self._spent, initial=began)
             for stage, now in zip(("cache and prefetch", *STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)

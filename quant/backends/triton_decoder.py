@@ -122,7 +122,8 @@ class TritonDecoder:
             begins = self._few.buffers("sum" if first else "embedded", T, self._D)
             self._graphs[where] = Captured(begins, self._few.graph)
         gone = self._graphs[where](partial(self._go, first, table), given_TD)
-        chunk.timer.mark("captured layers")
+        if chunk.timer is not None:
+            chunk.timer.mark("captured layers")
         chunk.routed_TD = None
         if (choice := gone.choice) is not None:
             self._few.awaited = choice, self._layers[choice.layer].shared(T)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import NO_TIMER, Chunk, Ends, Mlp, Router
+from slotmoe.border import Chunk, Ends, Mlp, Router
 from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Records, new
 from slotmoe.quant.backends.native import NativeBackend
@@ -169,7 +169,7 @@ def test_a_decoder_refuses():
     decoder = network.backend.decoder(network._geometry, network.layers, ends_of(network))
 
     def run(layer=0, h=h, ids=ids, caches=states, scale=None, x=None, routed=None, **changed):
-        more = NO_TIMER, ids, layer, x, routed
+        more = None, ids, layer, x, routed
         chunk = Chunk(h, h, scale, caches, (0, 0), (1, 1), *more)
         shown = SimpleNamespace(slot_table=lambda: table._replace(**changed))
         shown.passed = lambda *given: None
