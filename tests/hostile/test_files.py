@@ -171,10 +171,8 @@ def test_code_of_the_checkpoint_is_never_imported(checkpoint, tmp_path, monkeypa
     stolen = "configuration_deepseek modeling_deepseek tokenization json jinja2 datetime resource"
     for name in stolen.split():
         (checkpoint / f"{name}.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
-    model = {
-        "AutoConfig": "configuration_deepseek.C",
-        "AutoModelForCausalLM": "modeling_deepseek.M",
-    }
+    model = {"AutoConfig": "configuration_deepseek.C"}
+    model["AutoModelForCausalLM"] = "modeling_deepseek.M"
     tokenizer = {"AutoTokenizer": ["tokenization.T", None]}
     edit_json(checkpoint / "config.json", lambda it: it.update(auto_map=model))
     edit_json(checkpoint / "tokenizer_config.json", lambda it: it.update(auto_map=tokenizer))
@@ -253,6 +251,7 @@ def infinite_level(folder):
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace("Infinity", "1e999"))
 
 
+coding, of_file = partial(signed, "quantization"), partial(signed, "files")
 # How an export is broken, and what the message must hold.
 BAD_EXPORTS = {
     "newer-version": (signed("format_version", value=3), "newer"),
@@ -264,31 +263,25 @@ BAD_EXPORTS = {
         codec(bits=5, scales="i8", block=32, levels=[*range(-16, 15), 16]),
         "whole numbers of 5",
     ),
-    "resident-unknown": (
-        signed("quantization", "resident", value="int8 lm_head@0-0=lut9"),
-        "resident",
-    ),
+    "resident-unknown": (coding("resident", value="int8 lm_head@0-0=lut9"), "resident"),
     "codec-scales": (codec(scales="f8"), "scales"),
-    "codec-missing": (signed("quantization", "codecs", value={}), "'nf4' is not in codecs"),
+    "codec-missing": (coding("codecs", value={}), "'nf4' is not in codecs"),
     "levels-infinite": (infinite_level, "levels"),
-    "layout-unknown": (signed("quantization", "layout", value="tiles32"), "layout"),
+    "layout-unknown": (coding("layout", value="tiles32"), "layout"),
     "record-of-other-size": (signed("experts", "record_bytes", value=4096), "record"),
     "hidden-size-huge": (signed("experts", "hidden_size", value=1 << 20), "record"),
     "linked-layers-swapped": (signed("experts", "linked_layers", value={"1": 2}), "header"),
-    "file-parent": (signed("files", "../x", value=ENTRY), "files"),
-    "file-windows-drive": (signed("files", "C:x", value=ENTRY), "files"),
-    "header-size-wrong": (signed("files", LAYER, "header_bytes", value=4096), "hold"),
-    "records-too-few": (signed("files", LAYER, "records", value=["0" * 32] * 7), "records"),
-    "records-wrong": (signed("files", LAYER, "records", value=["0" * 32] * 8), "layer-00001"),
-    "tensor-missing": (signed("files", RESIDENT, "tensors", NORM, value=REMOVE), MANIFEST),
+    "file-parent": (of_file("../x", value=ENTRY), "files"),
+    "file-windows-drive": (of_file("C:x", value=ENTRY), "files"),
+    "header-size-wrong": (of_file(LAYER, "header_bytes", value=4096), "hold"),
+    "records-too-few": (of_file(LAYER, "records", value=["0" * 32] * 7), "records"),
+    "records-wrong": (of_file(LAYER, "records", value=["0" * 32] * 8), "layer-00001"),
+    "tensor-missing": (of_file(RESIDENT, "tensors", NORM, value=REMOVE), MANIFEST),
     "tensor-dtype-of-same-size": (
-        signed("files", RESIDENT, "tensors", NORM, "dtype", value="F16"),
+        of_file(RESIDENT, "tensors", NORM, "dtype", value="F16"),
         "header",
     ),
-    "coded-shape-of-other-tiles": (
-        signed("quantization", "resident_codecs", Q, "shape", value=[4096, 4096]),
-        Q,
-    ),
+    "coded-shape-of-other-tiles": (coding("resident_codecs", Q, "shape", value=[4096, 4096]), Q),
     "manifest-missing": (without(MANIFEST), MANIFEST),
     "manifest-list": (write(MANIFEST, b"[]"), MANIFEST),
     "manifest-over-cap": (write(MANIFEST, b'{"a": "' + b"x" * (9 << 20) + b'"}'), "more than"),
@@ -297,14 +290,8 @@ BAD_EXPORTS = {
     "layer-a-byte-short": (truncate(layer_file(2), -1), "layer-00002"),
     "layers-swapped": (swapped_layers, "layer-00001"),
     "layer-is-pipe": (fifo(LAYER), "layer-00001"),
-    "report-error": (
-        signed("quantization", "report", "families", 0, "worst_layer", value=77),
-        "worst_layer",
-    ),
-    "config-changed": (
-        edited("config.json", lambda it: it.update(routed_scaling_factor=1.0)),
-        "config.json",
-    ),
+    "report-error": (coding("report", "families", 0, "worst_layer", value=77), "worst_layer"),
+    "config-changed": (edited("config.json", lambda it: it.update(rope_theta=1.0)), "config.json"),
     "half-written": (half_written, MANIFEST),
 }
 
@@ -328,7 +315,7 @@ def test_export_of_another_geometry(key, value, export):
     edit_json(export / "config.json", lambda it: it.update({key: value}))
     data = (export / "config.json").read_bytes()
     entry = {"bytes": len(data), "checksum": checksum(data)}
-    signed("files", "config.json", value=entry)(export)
+    of_file("config.json", value=entry)(export)
     refused(lambda: Runtime.open(export, context=16), kind=(ConfigError, ExportError))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
+from tests.support.hostile import edit_json
 from tests.support.tiny import write_checkpoint
 
 TEXT = "One — two, naïve “three” 漢字 and 🙂🙂 four; " * 5
@@ -24,15 +25,13 @@ def model(tmp_path_factory):
     write_checkpoint(folder / "checkpoint")
     quantize(folder / "checkpoint", folder / "export")
     shutil.copytree(folder / "checkpoint", folder / "plain")
-    path = folder / "plain" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    edit_json(folder / "plain/tokenizer_config.json", lambda it: it.update(add_bos_token=False))
     quantize(folder / "plain", folder / "plain-export")
     (folder / "text").write_text(TEXT, encoding="utf-8")
     write_checkpoint(folder / "rows", vocab_size=4224)
     shutil.copytree(folder / "checkpoint", folder / "other")
-    tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
-    (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    fewer = lambda it: it["model"].update(merges=it["model"]["merges"][:100])  # noqa: E731
+    edit_json(folder / "other" / "tokenizer.json", fewer)
     for name, data in {"empty": b"", "latin": b"caf\xe9 au lait", "two": b"Hello there"}.items():
         (folder / name).write_bytes(data)
     return folder

@@ -12,25 +12,9 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload import machine
-from slotmoe.offload.plan import advice
+from slotmoe.offload.plan import advice, memory, speed
 from slotmoe.offload.plan.advice import HUB, geometry_path, gpu_named
-from slotmoe.offload.plan.memory import (
-    MARKED_TOKENS,
-    kv_bytes,
-    make_plan,
-    mark_bytes,
-    scratch_bytes,
-    sizes_of,
-    waiting_bytes,
-)
-from slotmoe.offload.plan.speed import (
-    CORE,
-    SETS,
-    Bandwidths,
-    Setting,
-    store_bandwidths,
-    stored_bandwidths,
-)
+from slotmoe.offload.plan.memory import sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
@@ -54,7 +38,7 @@ def geometry(name):
 
 def plan_of(config, budget, *, resident="int8", runtime_bytes=0, context=512, **options):
     options = {"tier": "ram", "context": context, "runtime_bytes": runtime_bytes, **options}
-    return make_plan(config, sizes_of(config, resident, NF4S), budget=budget, **options)
+    return memory.make_plan(config, sizes_of(config, resident, NF4S), budget=budget, **options)
 
 
 @pytest.mark.parametrize("slots", [None, 100, 2000])
@@ -131,17 +115,17 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
     for context in (1, 100, 4096, 1 << 20):
         make = lambda shape, dtype: empty(*shape, dtype=dtype)  # noqa: E731
         state = new_state(config, context, KERNELS[kernels], make)
-        assert kv_bytes(config, context, kernels) == state_bytes(state)
+        assert memory.kv_bytes(config, context, kernels) == state_bytes(state)
         state.begin(8 * MARKS.tokens)
         if state.snapshot_bytes(MARKS.tokens):
             many = range(MARKS.tokens * 1000, MARKS.tokens * 1008, MARKS.tokens)
             marks = sum(map(state.snapshot_bytes, many))
-            marks //= 1 if config.delta is None else MARKED_TOKENS // MARKS.tokens
-            assert mark_bytes(config, 8 * MARKS.tokens, kernels) == marks
+            marks //= 1 if config.delta is None else memory.MARKED_TOKENS // MARKS.tokens
+            assert memory.mark_bytes(config, 8 * MARKS.tokens, kernels) == marks
             if kernels == "torch":  # beyond a chunk, streams and rotations
                 tables = 1 if config.compressed is None else 2
                 row = 4 * (config.stream_width + tables * config.qk_rope_head_dim)
-                waiting = waiting_bytes(config, 512 + 8 * MARKS.tokens)
+                waiting = memory.waiting_bytes(config, 512 + 8 * MARKS.tokens)
                 assert waiting == 8 * MARKS.tokens * row + marks
 
 
@@ -159,7 +143,7 @@ LEAST = {
 def test_least_bytes(name):
     """Of scratch for a token and for a step, and of plans without a budget; changes are meant."""
     config, kernels = geometry(name), ("native", "triton", "torch", "vulkan")[: 3 + (name == "v2")]
-    found = [scratch_bytes(config, tokens, by) for by in kernels for tokens in (1, 512)]
+    found = [memory.scratch_bytes(config, tokens, by) for by in kernels for tokens in (1, 512)]
     plans = [plan_of(config, 0, drafts=True, **it).total for it in ({}, GPU | {"sequences": 2})]
     assert sum(found + plans) == LEAST[name]
 
@@ -354,7 +338,8 @@ def test_predictions(name, size, options, setting, prefill, decode):
     """A change of these is meant: users choose by them."""
     config, plan = geometry(name), plan_of(geometry(name), size << 20, **options)
     sizes = sizes_of(config, options.get("resident", "int8"), NF4S)
-    on = Setting(config, sizes, plan, Bandwidths(), 8, **{"random_routing": False} | setting)
+    given = config, sizes, plan, speed.Bandwidths(), 8
+    on = speed.Setting(*given, **{"random_routing": False} | setting)
     found = on.predict(plan.context - 100, 100)
     speeds = found.prefill_tokens_per_second, found.decode_tokens_per_second
     assert speeds == pytest.approx((prefill, decode), rel=1e-4)
@@ -429,8 +414,9 @@ def test_auto_is_the_fastest_way(planned, options):
 def test_ram_gives_no_more_than_it_has(misses):
     """To a link of 50 GB/s and the CPU together."""
     config, plan = geometry("v2"), plan_of(geometry("v2"), 28 * GIB, **GPU)
-    rates, sizes = Bandwidths(ram=70e9, pcie=50e9, pcie_busy=50e9), sizes_of(config, "mixed", NF4S)
-    on = Setting(config, sizes, plan, rates, 64, False, misses)
+    rates = speed.Bandwidths(ram=70e9, pcie=50e9, pcie_busy=50e9)
+    sizes = sizes_of(config, "mixed", NF4S)
+    on = speed.Setting(config, sizes, plan, rates, 64, False, misses)
     spent = sum(it for name, it in on.predict(8, 8).decode_seconds.items() if name[0] in "PC")
     absent = 59 * 6 * (1 - on.hits(plan.slots)) * plan.record_bytes
     assert absent / spent <= 0.95 * 70e9
@@ -438,25 +424,24 @@ def test_ram_gives_no_more_than_it_has(misses):
 
 def test_bandwidths_are_kept_for_later_plans(planned, tmp_path):
     path = tmp_path / "cache" / "machine.json"
-    assert stored_bandwidths(path).origin_of("disk") == "assumed"
-    store_bandwidths(path, ram=31e9, disk=3e9)
-    store_bandwidths(path, disk=2e9)
-    found = stored_bandwidths(path)
+    assert speed.stored_bandwidths(path).origin_of("disk") == "assumed"
+    speed.store_bandwidths(path, ram=31e9, disk=3e9)
+    speed.store_bandwidths(path, disk=2e9)
+    found = speed.stored_bandwidths(path)
     assert (found.ram, found.disk) == (31e9, 2e9)
-    for isa in SETS:
+    for isa in speed.SETS:
         assumed = found.updated("measured", int8_small=1e9).assumed_for(f"{isa}x")
         assert assumed.int8_small == 1e9
-        assert all(0 < getattr(assumed, name) <= 1.25 * getattr(found, name) for name in CORE)
+        assert all(0 < getattr(assumed, name) <= 1.25 * getattr(found, name) for name in speed.CORE)
     assert found.assumed_for("amx").int8_products > found.int8_products
-    store_bandwidths(path, **dict.fromkeys((*CORE, "ram"), 7e9), share=0.9)
+    speed.store_bandwidths(path, **dict.fromkeys((*speed.CORE, "ram"), 7e9), share=0.9)
     rates = planned("v2-lite", "--ram", "12GiB")["core"].values()
-    assert {(rate["per_second"], rate["origin"][:14]) for rate in rates} == {
-        (7e9, "measured on 20")
-    }
+    told = {(rate["per_second"], rate["origin"][:14]) for rate in rates}
+    assert told == {(7e9, "measured on 20")}
     path.write_text('{"ram": "fast"}')
     message = r"machine\.json: ram is .fast., .* run slotmoe bench --calibrate again"
     with pytest.raises(ConfigError, match=message):
-        stored_bandwidths(path)
+        speed.stored_bandwidths(path)
 
 
 SOME = "v3 --ram 96GiB --device cpu --ram-bandwidth 90GB --threads 32".split()

@@ -24,33 +24,19 @@ from tests.support.vulkan import SETS, OnDevice, needs_vulkan
 
 pytestmark = needs_vulkan
 
-NF4, LUT4 = EXPERT_CODECS["nf4", "4"], EXPERT_CODECS["lut", "4"]
+LUT = {bits: codecs for (kind, bits), codecs in EXPERT_CODECS.items() if kind == "lut"}
 IDS = [5, 17, 300, 41, 4000, 7, 7, 1023]
-MODELS = {
-    "v2": lambda d: OnDevice(d, CONFIG),
-    "v2 greedy, bf16, lut4": lambda d: OnDevice(
-        d, {**CONFIG, "q_lora_rank": None, "n_group": 1, "topk_group": 1}, "bf16", LUT4
-    ),
-    "v2 nf4, 3.5": lambda d: OnDevice(d, CONFIG, "nf4", EXPERT_CODECS["lut", "3.5"]),
-    "v2 mixed, 3": lambda d: OnDevice(
-        d, {**CONFIG, "hidden_size": 200, "kv_lora_rank": 320}, "mixed", EXPERT_CODECS["lut", "3"]
-    ),
-    "v3 int4": lambda d: OnDevice(d, config_of(V3), "int8", KEPT_CODECS["int4"]),
-    "moonlight int5, 2": lambda d: OnDevice(
-        d,
-        config_of(V3, n_group=1, topk_group=1, q_lora_rank=None),
-        "int5",
-        EXPERT_CODECS["lut", "2"],
-    ),
-    "glm in halves, mxfp4": lambda d: OnDevice(
-        d,
-        config_of(GLM, v_head_dim=20, qk_nope_head_dim=12, **HALVES),
-        "int8",
-        KEPT_CODECS["mxfp4"],
-    ),
-    "mistral int6, 2.5": lambda d: OnDevice(
-        d, config_of(MISTRAL, **SOFTMAX), "int6", EXPERT_CODECS["lut", "2.5"]
-    ),
+GREEDY = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
+OF_GLM = config_of(GLM, v_head_dim=20, qk_nope_head_dim=12, **HALVES)
+MODELS = {  # a config, and how its weights are coded
+    "v2": (CONFIG,),
+    "v2 greedy, bf16, lut4": ({**CONFIG, **GREEDY}, "bf16", LUT["4"]),
+    "v2 nf4, 3.5": (CONFIG, "nf4", LUT["3.5"]),
+    "v2 mixed, 3": ({**CONFIG, "hidden_size": 200, "kv_lora_rank": 320}, "mixed", LUT["3"]),
+    "v3 int4": (config_of(V3), "int8", KEPT_CODECS["int4"]),
+    "moonlight int5, 2": (config_of(V3, **GREEDY), "int5", LUT["2"]),
+    "glm in halves, mxfp4": (OF_GLM, "int8", KEPT_CODECS["mxfp4"]),
+    "mistral int6, 2.5": (config_of(MISTRAL, **SOFTMAX), "int6", LUT["2.5"]),
 }
 
 
@@ -63,7 +49,7 @@ def device():
 
 @pytest.fixture(scope="module")
 def v2(device):
-    return MODELS["v2"](device)
+    return OnDevice(device, CONFIG)
 
 
 def rms(x, gain, eps):
@@ -190,7 +176,7 @@ class Watched:
 @pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("name", MODELS)
 def test_each_shader(device, name):
-    model = MODELS[name](device)
+    model = OnDevice(device, *MODELS[name])
     watched, views, at = Watched(model), model.views, model.views.begin
     plan = model.plan()[1:]
     ends = [op.at + 1 for op in plan if op.writes >> SETS.index("hidden") & 1]
@@ -217,7 +203,7 @@ def test_each_shader(device, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_network(device, name):
     """Beside the reference path, which differs more from its own with latents in float32."""
-    model = MODELS[name](device)
+    model = OnDevice(device, *MODELS[name])
     cache = model.cache()
     got = torch.stack([model.run([token], [at], [cache])[0] for at, token in enumerate(IDS)])
     halves, floats = (
@@ -253,7 +239,7 @@ def test_rows_in_tiles(device, name, monkeypatch):
     """Of two texts: with the bits that each row has alone, also where a step is of many parts and
     a layer's experts come in two."""
     monkeypatch.setattr(VulkanBackend, "at_once", 1.0)
-    model = MODELS[name](device)
+    model = OnDevice(device, *MODELS[name])
     views, decoder, table = model.views, model.decoder, model.views.table.copy()
     texts = [[(IDS[at % 8] + 9 * at) % 1000 for at in range(29)], [*range(40, 54)]]
     ids, positions = texts[0] + texts[1], [*range(29), *range(14)]

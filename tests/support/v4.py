@@ -65,15 +65,9 @@ SPARSE_CASES = {
 }
 """V3.2 and GLM-5 where attention is to fewer positions than there are: family and overrides."""
 OTHER_CASES = CASES | GROUPED_CASES | SPARSE_CASES
-TRANSFORMERS = {  # spellings of transformers 5 for DeepSeek's
-    "compress_ratios": REMOVE,
-    "num_hash_layers": REMOVE,
-    "qk_rope_head_dim": REMOVE,
-    "rope_scaling": REMOVE,
-    "rope_theta": REMOVE,
-    "topk_method": REMOVE,
-    "torch_dtype": REMOVE,
-}
+# What transformers 5 spells otherwise.
+RESPELLED = {"compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_scaling"}
+RESPELLED |= {"rope_theta", "topk_method", "torch_dtype"}
 
 
 def config_of(case: str, **overrides):
@@ -98,7 +92,7 @@ def in_transformers_words(config):
     both = {"main": plain, "compress": yarn}
     both = {name: {**rope, "partial_rotary_factor": part} for name, rope in both.items()}
     types = [_TYPES[ratio] for ratio in config["compress_ratios"][:layers]]
-    config = {key: value for key, value in config.items() if key not in TRANSFORMERS}
+    config = {key: value for key, value in config.items() if key not in RESPELLED}
     return config | {
         "dtype": "float32",
         "layer_types": types,

@@ -196,10 +196,8 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(served):
     must = {"tools": [tool], "tool_choice": "required", "max_output_tokens": 99}
     last = events(served, RESPONSES, **must)[-1]
     pydantic.TypeAdapter(types_of(RESPONSES)[1]).validate_json(json.dumps(last), strict=True)
-    assert (last["type"], last["response"]["error"]["code"]) == (
-        "response.failed",
-        "invalid_prompt",
-    )
+    code = last["response"]["error"]["code"]
+    assert (last["type"], code) == ("response.failed", "invalid_prompt")
     failed = events(served, OLLAMA, format=ENDLESS, options={"num_predict": 99})[-1]
     assert "nothing that could come next" in failed["error"]
 
@@ -371,9 +369,8 @@ def test_ollamas_options_and_texts(served, runtime):
 
     hot = {"temperature": 2, "seed": 5, "top_p": 0.9, "top_k": 50, "min_p": 0.01}
     hot |= {"presence_penalty": 1, "frequency_penalty": 0.5}
-    assert text(**hot, repeat_penalty=1.3) == served.text(
-        max_tokens=20, **hot, repetition_penalty=1.3
-    )
+    want = served.text(max_tokens=20, **hot, repetition_penalty=1.3)
+    assert text(**hot, repeat_penalty=1.3) == want
     greedy = text(temperature=0)
     assert text(temperature=0, stop=[greedy[5:8]]) == greedy[: greedy.index(greedy[5:8])]
     assert text(temperature=0, num_predict=-1, stop=[greedy[-4:]]) in greedy
