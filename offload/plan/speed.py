@@ -67,7 +67,7 @@ MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "expe
 OF_GPU = ("gpu", "pcie", "pcie_busy", "experts")  # those that are of one GPU, and of its link
 # Products and bytes beside AVX-512's by sets' first letters: Zen 5, Sapphire Rapids; NEON guessed.
 SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.55, 1.0), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
-SETS["amx"] = 1.25, 0.94
+SETS["amx"] = 1.25, 0.99
 
 
 @dataclass(frozen=True)
