@@ -68,11 +68,7 @@ class Positions:
         """A chunk ``of`` the rest that ``Chunk`` begins with, from ``caches`` on.  A runner that
         ``embeds`` rotates by itself."""
         caches, before, counts, *_ = of
-        chunk, rope, scales = (
-            Chunk(h_TD, h_TD, None, *of),
-            self._rope,
-            self._rope.llama_4_scaling_beta,
-        )
+        chunk, scales = Chunk(h_TD, h_TD, None, *of), self._rope.llama_4_scaling_beta
         chunk.compressed_C = self._compressed_C
         if embeds and not scales and self._compressed_C is None:
             return chunk
@@ -80,11 +76,11 @@ class Positions:
         arange = partial(torch.arange, device=self.frequencies_C.device)
         positions_T = torch.cat([*map(arange, starts, map(add, starts, counts))]).float()
         if scales:
-            lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
+            lengths_T = torch.floor(positions_T / self._rope.original_max_position_embeddings)
             chunk.query_scale_T = 1 + scales * torch.log(1 + lengths_T)
         rotations = partial(self._backend.rotations, positions_T)
         if not embeds:
-            chunk.rope_TC = rotations(self.frequencies_C, rope.table_scale)
+            chunk.rope_TC = rotations(self.frequencies_C, self._rope.table_scale)
         if self._compressed_C is not None:
             chunk.compressed_rope_TC = rotations(self._compressed_C)
         return chunk
@@ -166,8 +162,7 @@ class Network:
                     if first < stop and start < end
                 ]
                 of = [*zip(*parts, strict=True)]
-            rest = self.timer, ids_C
-            chunks.append(self._positions.chunk(h_CD, *of, *rest, embeds=embeds))
+            chunks.append(self._positions.chunk(h_CD, *of, self.timer, ids_C, embeds=embeds))
         chunks[-1].ends, waiting = True, chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]

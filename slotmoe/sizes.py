@@ -32,6 +32,8 @@ def format_size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def rounded_down(size: int) -> str:
-    """A size option of at most ``size`` bytes, to the tenth of a GiB or the MiB."""
-    return f"{(size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
+def size_option(size: int, sign: int = 1) -> str:
+    """A size option of at most ``size`` bytes, with -1 of at least so many, to the tenth of a GiB
+    or the MiB."""
+    tenths, mebibytes = (sign * (sign * size * unit >> 30) for unit in (10, 1024))
+    return f"{tenths / 10:.1f}GiB" if size >= 1 << 30 else f"{mebibytes}MiB"

@@ -46,7 +46,7 @@ from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.quant.shapes import TABLE
-from slotmoe.sizes import format_size, parse_size, rounded_down
+from slotmoe.sizes import format_size, parse_size, size_option
 from slotmoe.state import SequenceState, plain_row
 from slotmoe.system import MAX_THREADS, choose_placement
 
@@ -326,7 +326,7 @@ class _Loader:
         most, advice = memory.share_of(min(free, self.budget)), "end the programs that use it"
         if self._sizes is None or self._make_plan(self._sizes, 0).total > most:
             return f"{advice}, lower --context, or quantize with --resident mixed"
-        return f"give --vram {rounded_down(most)} or less, or {advice}"
+        return f"give --vram {size_option(most)} or less, or {advice}"
 
     def _export(self, opened: ExitStack) -> tuple[Network, dict[str, Any]]:
         """An export, its experts behind slots."""

@@ -254,8 +254,7 @@ class Experts:
         uses, cached = self._uses(moe_layer, indices), self._cache.cached
         missing = [id for id in uses if id not in cached]
         there = [slot for id in missing if (slot := store.of.get(id)) is not None]
-        left = sum(slot.state is STALE for slot in there)
-        coming = len(there) - left
+        coming = len(there) - (left := sum(slot.state is STALE for slot in there))
         if self.lookahead is not None:
             self.lookahead.chosen(moe_layer, uses, len(missing))  # gives wrong guesses' slots back
         fetched, computed = self._divided(len(indices), uses, missing, len(missing) - left)

@@ -26,6 +26,7 @@ from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export, Folder
 from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.sizes import size_option
 from slotmoe.system import bypass_page_cache, read_at
 
 _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
@@ -125,16 +126,16 @@ def best(setting: Setting, steps: Sequence[Sequence[Choices]], waste: float) -> 
     miss, would decode those ``steps`` fastest, or as fast within 2% in fewer slots: ``options``,
     ``slots``, their ``hit_rate`` and tokens a second.  Policies play the steps without inputs."""
     plan, config, native = setting.plan, setting.config, load()
-    size, ways = (len(config.moe_layers), config.n_routed_experts), list[Json]()
+    sizes, ways = (len(config.moe_layers), config.n_routed_experts), list[Json]()
     for eighths, policy in product(range(8, 0, -1), POLICIES[::-1] if native else ("lru",)):
         slots = max(config.num_experts_per_tok, plan.slots * eighths // 8)
-        hits = replay(make_cache(policy, slots, *size, native), steps)
-        mib = -(-(plan.total - (plan.slots - slots) * plan.record_bytes) // (1 << 20))
+        hits = replay(make_cache(policy, slots, *sizes, native), steps)
+        size = size_option(plan.total - (plan.slots - slots) * plan.record_bytes, -1)
         for ahead in (True, False):
             played = replace(setting, plan=replace(plan, slots=slots), known=hits, prefetch=ahead)
             spent = played.predict(1, 1).decode_seconds
             spent |= {"disk": spent["disk"] * (1 + waste * ahead)}
-            options = f"--{plan.tier} {mib}MiB --cache-policy {policy}"
+            options = f"--{plan.tier} {size} --cache-policy {policy}"
             way = {"options": options + " --no-prefetch" * (not ahead), "slots": slots}
             ways.append(way | {"hit_rate": hits, "tokens_per_second": 1 / played.total(spent)})
     most = max(way["tokens_per_second"] for way in ways)

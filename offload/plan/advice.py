@@ -24,7 +24,7 @@ from slotmoe.offload.plan.memory import PREFILL_CHUNK, Plan, Sizes, sizes_of
 from slotmoe.offload.plan.precision import expected, gpu_kernels, int8_bytes, precision_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.quant.codecs.codec import ExpertCodecs
-from slotmoe.sizes import format_size
+from slotmoe.sizes import format_size, size_option
 
 # Least and most that was measured of a predicted speed, also with one core busy, by whether rates
 # are assumed (docs/memory-and-planning.md).
@@ -271,7 +271,7 @@ class Scenario:
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
         needs = by_tier(by_name(self.plan))
-        raised = [f"--{tier} {_rounded_up(needs[tier])}" for tier in self.plan.shortfall]
+        raised = [f"--{tier} {size_option(needs[tier], -1)}" for tier in self.plan.shortfall]
         return [*ways, " and ".join(raised)][:3]
 
     def report(self, prompt_tokens: int, new_tokens: int) -> Json:
@@ -356,11 +356,6 @@ class Scenario:
             row["kl_divergence_calibrated"] = expected(config, codec, bits, mode, calibrated=True)
             rows.append(row)
         return rows
-
-
-def _rounded_up(size: int) -> str:
-    """A size option of at least ``size`` bytes, to the tenth of a GiB or the MiB."""
-    return f"{-(-size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{-(-size >> 20)}MiB"
 
 
 def predicted_components(
