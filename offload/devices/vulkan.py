@@ -121,19 +121,15 @@ class PlacedExperts(Experts):
         super().__init__(layers, records, slots, backend, device)
         assert isinstance(backend, VulkanBackend) and isinstance(slots.source, HostTier)
         backend.layout, self._host, self._brings = records.layout, slots.source, True
-        self._vulkan = backend.vulkan
+        self._vulkan, stores = backend.vulkan, (slots.store, slots.source.store)
         self._near_N, self._far_N = (  # of slots; behind them 0 for -1, which is none
-            np.array([*(record.address for record in tier.store.records), 0], np.uint64)
-            for tier in (slots, slots.source)
+            np.array([*(slot.address for slot in each.records), 0], np.uint64) for each in stores
         )
-        self._slots_N, self._ram_N = (
-            tier.store.table_ME.view(-1).numpy() for tier in (slots, slots.source)
-        )
+        self._slots_N, self._ram_N = (each.table_ME.view(-1).numpy() for each in stores)
         # What shaders read, and the changes of both that are in it.
         self._table_N, self._seen = np.empty(0, np.uint64), [-1, -1]
         # Experts that are copied to their slots, and read in RAM until that is done: ``_copied``.
-        self._coming, self._copied = list[int](), 0
-        self._coming_N = np.empty(0, np.int64)
+        self._coming_N, self._copied = np.empty(0, np.int64), 0
         self._copies_N3 = np.full((slots.staging, 3), slots.record_bytes, np.uint64)
 
     def load_kernels(self, hidden_size: int, top_k: int) -> None:
@@ -156,7 +152,7 @@ class PlacedExperts(Experts):
         self._seen = changes  # other threads add to RAM, and take nothing away
         self._table_N = table_N = table_ME.reshape(-1)
         near_N, far_N = self._near_N[self._slots_N], self._far_N[self._ram_N]
-        near_N[self._coming] = 0
+        near_N[self._coming_N] = 0
         np.copyto(table_N, np.where(near_N, near_N, far_N))
         for read, slot in host.acquired.items():
             if near.state(read.expert_id) is not CACHED:
@@ -213,7 +209,7 @@ class PlacedExperts(Experts):
             for id in used_N.tolist():
                 if store.state(id) <= STALE:
                     self.slots.prefetch(id, _ONWARD)
-        elif not (self._coming or store.staged):
+        elif not (len(self._coming_N) or store.staged):
             new_N, gone_N = self._cache.pairs(used_N, len(self._copies_N3))
             if not (count := len(new_N)):
                 return
@@ -221,16 +217,16 @@ class PlacedExperts(Experts):
             copies_N3[:, 0] = self._far_N[self._ram_N[new_N]]
             copies_N3[:, 1] = self._near_N[self._slots_N[gone_N]]
             self._copied = self._vulkan.copy(copies_N3)
-            self._coming_N, self._coming = new_N, new_N.tolist()
-            self._host.refer(self._coming, 1)
+            self._coming_N = new_N
+            self._host.refer(new_N.tolist(), 1)
             self._table_N[gone_N] = self._far_N[self._ram_N[gone_N]]
             store.exchange(new_N, gone_N)
             self._seen[0] += 1
 
     def _arrive(self, nanoseconds: int = kernels.FOREVER) -> None:
         """What is copied is read in its slots, if that is done in time."""
-        if self._coming and self._vulkan.wait(self._copied, nanoseconds):
-            self._host.refer(self._coming, -1)
-            self._host.bytes_copied += len(self._coming) * self.slots.record_bytes
-            self._table_N[self._coming_N] = self._near_N[self._slots_N[self._coming_N]]
-            self._coming = []
+        if len(come_N := self._coming_N) and self._vulkan.wait(self._copied, nanoseconds):
+            self._host.refer(come_N.tolist(), -1)
+            self._host.bytes_copied += len(come_N) * self.slots.record_bytes
+            self._table_N[come_N] = self._near_N[self._slots_N[come_N]]
+            self._coming_N = come_N[:0]
