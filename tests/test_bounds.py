@@ -14,19 +14,19 @@ PRODUCT = ("model", "quant", "offload", "tools", "slotmoe")
 SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
-    "model": 5_300,
-    "quant": 6_587,
-    "offload": 11_300,
-    "tools": 8_132,
-    "slotmoe": 2_243,
+    "model": 5_280,
+    "quant": 6_550,
+    "offload": 11_391,
+    "tools": 8_117,
+    "slotmoe": 2_224,
     "product": 33_562,
-    "bench": 1_096,
-    "tests": 20_537,
+    "bench": 1_084,
+    "tests": 20_576,
     "campaigns": 3_438,
     # its files
     "product files": 152,
     # lines of C++, headers and shaders
-    "C++ and GLSL": 9_345,
+    "C++ and GLSL": 9_433,
     # words of README.md and docs/
     "words": 21_528,
 }
@@ -36,7 +36,7 @@ WAY = {
     "files, a quarter of the slots": 21,
 }
 # Calls of their functions, warm.  No lower edge: Python 3.13 counts no comprehension.
-CALLS = 95
+CALLS = 92
 SLACK = 0.01  # a number may be so much below its bound
 OVER = "{} is {:,}, above its bound {:,}: raising one needs an issue that grants it by number"
 UNDER = "{} is {:,}, well below its bound {:,}: lower that"
