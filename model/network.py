@@ -134,7 +134,7 @@ class Network:
 
         The states grow only when the whole pass is done, so a pass that raises can be repeated.
         """
-        T, size = ids_T.shape[0], self._chunk_tokens
+        T, size, self._ended = ids_T.shape[0], self._chunk_tokens, (self.norm, None)  # freed
         counts = counts or [T // len(states)] * len(states)
         pairs = [*zip(states, counts, strict=True)]
         for state, count in pairs:
