@@ -50,10 +50,10 @@ def _rows(calibrated: bool) -> list[dict[str, Any]]:
     """What is measured."""
     rows: list[dict[str, Any]] = [{"codec": codec, "bits": bits} for codec, bits in EXPERT_CODECS]
     rows += [{"resident": mode} for mode in RESIDENT_MODES if mode != "bf16"]
+    # A text makes no other codes of these two.
     fitted = [row for row in rows if calibrated and not {"nf4", "int8"} & {*row.values()}]
-    return [row | {"calibrated": False} for row in rows] + [
-        r | {"calibrated": True} for r in fitted
-    ]
+    ways = (rows, False), (fitted, True)
+    return [row | {"calibrated": text} for some, text in ways for row in some]
 
 
 def _setting(row: dict[str, Any]) -> dict[str, Any]:
