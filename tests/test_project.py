@@ -76,7 +76,7 @@ def within(name, packages):
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-def test_packages_import_only_what_they_may():
+def test_packages_import_only_what_they_may(heavy):
     wrong = []
     for path in FILES:
         forbidden = FORBIDDEN.get(path.relative_to(ROOT).parts[0], ())

@@ -136,7 +136,7 @@ def poke(value):
     return change
 
 
-def test_weights_that_are_no_numbers(good, tmp_path):
+def test_weights_that_are_no_numbers(heavy, good, tmp_path):
     gate, attention = "model.layers.2.mlp.gate.weight", "model.layers.0.self_attn.kv_b_proj.weight"
     cases = [(EXPERT, value) for value in (math.nan, -math.inf, 1e6)]
     cases += [("lm_head.weight", math.nan), (gate, math.inf), (attention, math.nan)]
@@ -203,7 +203,7 @@ OF_V4 = [
 ]
 
 
-def test_tensors_of_a_v4_are_refused_by_name(tmp_path):
+def test_tensors_of_a_v4_are_refused_by_name(heavy, tmp_path):
     """In DeepSeek's own spelling, and by the names of transformers' network."""
     v4.write_case(tmp_path / "source", "v4", hub=True)
     file, export = tmp_path / "source" / "model.safetensors", tmp_path / "export"

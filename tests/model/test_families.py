@@ -299,7 +299,7 @@ def test_the_text_part_of_a_model_with_images_is_read():
 
 
 @pytest.mark.parametrize("case", ["v4", "v4-odd"])
-def test_a_v4_is_the_same_in_both_spellings(case, tmp_path):
+def test_a_v4_is_the_same_in_both_spellings(heavy, case, tmp_path):
     """What is small stays as it is, in float32, and expert ids become int32."""
     for folder in ("transformers", "hub"):
         v4.write_case(tmp_path / folder, case, hub=folder == "hub")

@@ -23,7 +23,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_sampling_follows_the_tempered_distribution():
+def test_sampling_follows_the_tempered_distribution(heavy):
     logits, generator = torch.tensor([0.0, 1.0, 2.0]), seeded(1)
     drawn = [sample(logits, Sampling(temperature=2.0), generator) for _ in range(1500)]
     counts = torch.bincount(torch.tensor(drawn))

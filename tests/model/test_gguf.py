@@ -180,7 +180,7 @@ def test_tokens_are_those_of_the_checkpoint(tmp_path):
     assert chat == "<|begin_of_sentence|>User: hi\n\nAssistant:"
 
 
-def test_without_the_gguf_package(good, tmp_path, monkeypatch):
+def test_without_the_gguf_package(heavy, good, tmp_path, monkeypatch):
     """It decodes; what is not quantized is read without it."""
     quantized = write_gguf(SAMPLE, tmp_path / "q8.gguf", "Q8_0")
     monkeypatch.setattr(gguf_checkpoint, "find_spec", lambda name: None)
@@ -205,7 +205,7 @@ METADATA = [
 ]
 
 
-def test_metadata_is_refused_by_key(written):
+def test_metadata_is_refused_by_key(heavy, written):
     for edit, *parts in METADATA:
         refused(written(edit), *parts)
 
@@ -316,7 +316,7 @@ def exported(tmp_path_factory):
     return folder
 
 
-def test_parts_give_the_same_export(exported, tmp_path, monkeypatch):
+def test_parts_give_the_same_export(heavy, exported, tmp_path, monkeypatch):
     """But for norms and gates, which are float32 in a GGUF file, it is the checkpoint's."""
     whole = write_gguf(exported, tmp_path / "whole.gguf")
     parts = write_gguf(exported, tmp_path / "parts.gguf", shards=3)

@@ -61,7 +61,7 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, tmp_path,
 CLAMPED, FEW = Activation(0.1, 1.702, 1.0), [(7 * i) % 4096 for i in range(1, 13)]
 
 
-def test_an_activation_holds_on_every_path_of_a_cpu(monkeypatch, tmp_path):
+def test_an_activation_holds_on_every_path_of_a_cpu(heavy, monkeypatch, tmp_path):
     """What a model makes of gate and up reaches all that computes an MLP or an expert."""
 
     def read(*arguments):

@@ -162,7 +162,7 @@ def test_orders_of_events(examples, steps, part):
 
 
 @needs_native
-def test_decisions_on_recorded_routing(sample_export, tmp_path):
+def test_decisions_on_recorded_routing(heavy, sample_export, tmp_path):
     """Each that the passes of a run lead to, with inputs that at times are no numbers; and there
     are more hits than ``lru`` has."""
     with Runtime.open(sample_export, context=128, draft="off") as runtime:

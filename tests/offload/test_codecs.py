@@ -56,7 +56,7 @@ def exports(tmp_path_factory):
 
 
 @by_choice
-def test_an_export_is_rebuilt_from_the_documented_bytes(exports, choice):
+def test_an_export_is_rebuilt_from_the_documented_bytes(heavy, exports, choice):
     """With json, safetensors and numpy; sizes that fill neither tiles nor blocks."""
     path = exports(choice)
     manifest = json.loads((path / MANIFEST).read_text())

@@ -114,7 +114,7 @@ class Pages:
         self.ready = len(self.memory)
 
 
-def test_slots_grow_with_their_pages_and_results_stay_the_same(opened, wanted, monkeypatch):
+def test_slots_grow_with_their_pages_and_results_stay_the_same(heavy, opened, wanted, monkeypatch):
     planned = 60
     monkeypatch.setattr(store, "LAZY_BYTES", 0)
     monkeypatch.setattr(store, "Touching", Pages)
@@ -137,7 +137,7 @@ def test_slots_grow_with_their_pages_and_results_stay_the_same(opened, wanted, m
 
 
 @pytest.mark.parametrize("slots", [None, 60])
-def test_free_slots_are_filled_behind_all_else(opened, wanted, slots, monkeypatch):
+def test_free_slots_are_filled_behind_all_else(heavy, opened, wanted, slots, monkeypatch):
     """While nothing of that arrives a text is made.  Then, where all fits, no layer stops; the bits
     are the same throughout."""
     may_arrive, stops, piece = threading.Event(), [], DiskReader._read_piece

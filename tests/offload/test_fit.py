@@ -97,7 +97,7 @@ def test_what_no_codes_reach_is_refused_before_anything_is_read(
     assert not made.exists()
 
 
-def test_an_export_is_made_planned_and_opened_as_fitted(slotmoe, tmp_path):
+def test_an_export_is_made_planned_and_opened_as_fitted(heavy, slotmoe, tmp_path):
     source, made = tmp_path / "source", tmp_path / "made"
     write_checkpoint(source, num_hidden_layers=6, hidden_size=128)
     options = "--fit", "1500KiB"

@@ -233,7 +233,7 @@ def quiet_read(memory):
     bytes(memory.view(-1)[:1].numpy())
 
 
-def test_what_no_graph_can_hold_runs_without_one(caplog):
+def test_what_no_graph_can_hold_runs_without_one(heavy, caplog):
     """A capture that finds no memory is not the last."""
     twin, calls = Twin(2), []
 

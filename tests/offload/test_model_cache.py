@@ -38,7 +38,7 @@ def source(tmp_path):
 
 
 def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(
-    source, made, tmp_path, monkeypatch
+    heavy, source, made, tmp_path, monkeypatch
 ):
     """A known folder is not even read; a removed export is made again."""
     export = cached_export(source, tmp_path / "cache", notify=(said := []).append)

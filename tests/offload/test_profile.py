@@ -95,7 +95,7 @@ def test_the_report_adds_up(reported):
 
 @pytest.mark.usefixtures("no_charts")
 @needs_native
-def test_what_would_have_been_best(profile):
+def test_what_would_have_been_best(heavy, profile):
     """A token uses 28 experts, so in 20 slots what was used last is never used again."""
     code, out, err = profile(TEXT, "-n", 24, "--slots", 20, "--cache-policy", "lru", "--json")
     assert code == 0, err

@@ -233,7 +233,7 @@ def change(path):
 
 
 def test_other_weights_of_the_same_shapes_are_neither_taken_for_these_nor_mixed_with_them(
-    source, made, wanted, tmp_path
+    heavy, source, made, wanted, tmp_path
 ):
     ours, export, said = tmp_path / "checkpoint", tmp_path / "export", []
     shutil.copytree(source, ours)

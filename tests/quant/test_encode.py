@@ -35,7 +35,7 @@ def values(weight, codec, hessian=None):
     one_of(1e-35, 1e-3, 300.0),
 )
 def test_every_instruction_set_and_torch_give_the_same_bytes(
-    shape, seed, dtype, block, codec, scale
+    heavy, shape, seed, dtype, block, codec, scale
 ):
     (N, K), generator = shape, torch.Generator().manual_seed(seed)
     weight = (torch.randn(N, K, generator=generator) * scale).to(dtype)

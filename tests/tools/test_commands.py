@@ -288,7 +288,7 @@ def test_ways_are_compared(name, sample_export, tmp_path):
         assert 0 < row["range"][0] <= row["range"][1] and row["ratio"] > 0
 
 
-def test_stages_of_a_token(sample_export):
+def test_stages_of_a_token(heavy, sample_export):
     rows = by("stage", benchmark("kernels", sample_export, "--repetitions", 1))
     assert all(rows[stage]["bytes"] > 0 < rows[stage]["ratio"] for stage in ("experts", "head"))
 

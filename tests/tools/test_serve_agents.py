@@ -265,17 +265,24 @@ class Popen(subprocess.Popen):
             os.kill(os.getpid(), signal.SIGTERM)
 subprocess.Popen = Popen
 {COMMAND_LINE}"""
-ENDS = [("", COMMAND_LINE, 143), ("deaf", COMMAND_LINE, 137), ("", EARLY, 143)]
+# The server never ends.
+STUCK = f"""
+import time, uvicorn
+from slotmoe.tools import serve
+serve._GRACE_SECONDS, serve._LAST_SECONDS = 0, 1
+uvicorn.Server.shutdown = lambda *given, **more: time.sleep(60)
+{COMMAND_LINE}"""
+ENDS = [("", COMMAND_LINE, 143), ("deaf", COMMAND_LINE, 137), ("", EARLY, 143), ("", STUCK, 143)]
 
 
-@pytest.mark.parametrize(("how", "program", "code"), ENDS, ids=["usual", "deaf", "early"])
+@pytest.mark.parametrize(("how", "program", "code"), ENDS, ids=["usual", "deaf", "early", "stuck"])
 def test_signals_end_a_client_and_its_server(launch, how, program, code):
     """But for Ctrl-C, which is the client's."""
     with launch("claude", "wait", how, program=program) as child:
         number = int(child.stdout.readline())
         child.send_signal(signal.SIGINT)
         child.terminate()
-        assert child.wait() == code
+        assert child.wait() == code, child.stderr.read()
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
 

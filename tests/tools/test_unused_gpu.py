@@ -99,7 +99,7 @@ def refuse(*_, **__):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_each_command_says_why(there, slotmoe, monkeypatch, way, command):
+def test_each_command_says_why(heavy, there, slotmoe, monkeypatch, way, command):
     """Models are not opened; ``doctor`` and ``plan`` ask in this process."""
     told = there(way)
     monkeypatch.setattr(runtime, "open_model", refuse)

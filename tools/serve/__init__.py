@@ -146,6 +146,8 @@ def _serve(
         def stop(number: int) -> None:
             if start is not None and number == signal.SIGINT:
                 return  # its client gets the same signal, and may go on
+            if client is not None:  # now, for the end may not wait for its server's
+                client.terminate()
             leave_after(_GRACE_SECONDS + _LAST_SECONDS, number)
             service.stop()
             server.should_exit = True
@@ -157,16 +159,21 @@ def _serve(
             server.run(sockets=[listener])
         problem = service.engine.problem
     if client is not None:
-        client.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            client.wait(_FAILED_SECONDS)
-        client.kill()
-        return client.wait() if client.wait() >= 0 else 128 - client.wait()
+        return _ended(client)
     if stopping.number:
         leave(stopping.number)  # all is closed, and Python's own end takes longer
     if problem is not None:
         options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return int(problem is not None)
+
+
+def _ended(client: "subprocess.Popen[bytes]") -> int:
+    """The exit code of a client that has ended, or must now."""
+    client.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        client.wait(_FAILED_SECONDS)
+    client.kill()
+    return client.wait() if client.wait() >= 0 else 128 - client.wait()
 
 
 def _end_behind(client: "subprocess.Popen[bytes]", server: "uvicorn.Server") -> None:
