@@ -145,9 +145,10 @@ class Network:
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
         if self._decoder and (few or self.backend.decodes_all):
             runner, size = self._decoder, min(size, self.rows)
-        embeds = runner is self._decoder and self.backend.kind == "native"
+        embeds = runner is self._decoder and self.backend.embeds
         if h_TD is None:
-            h_TD = self._unread_0D if embeds else self.backend.embed(ids_T, self.embed_tokens)
+            unread = embeds and size >= T
+            h_TD = self._unread_0D if unread else self.backend.embed(ids_T, self.embed_tokens)
             if self.config.hyper is not None and not embeds:
                 h_TD = h_TD.repeat(1, self.config.hyper.mult)
         chunks, ends = [], [*accumulate(counts, initial=0)]

@@ -128,12 +128,13 @@ class TorchBackend(TorchAttention):
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
 
     ``absorbs``: whether attention takes the absorbed form always, so that decode and prefill agree.
-    ``decodes_all``: the decoder runs passes of any length, from ids on, and ``linear`` is its head.
+    ``embeds``: the decoder goes from ids on, and rotates.  ``decodes_all``: it runs passes of any
+    length, and ``linear`` is its head.
     ``activation`` is that of every MLP.
     """
 
     kind = name = "torch"
-    absorbs = decodes_all = False
+    absorbs = decodes_all = embeds = False
 
     def __init__(self, compute: torch.dtype = torch.float32, activation: Activation = SWIGLU):
         self.compute, self.activation = compute, activation

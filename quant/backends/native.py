@@ -222,7 +222,7 @@ class NativeBackend(TorchBackend):
     agree.  torch's own threads stay idle in decode.
     """
 
-    kind, absorbs = "native", True
+    kind, absorbs, embeds = "native", True, True
 
     def __init__(self, native: Kernels, activation: Activation = SWIGLU):
         super().__init__(torch.float32, activation)

@@ -88,14 +88,13 @@ class VulkanBackend(TorchBackend):
     """Of one model, and its decoder.  ``layout`` of its records is told before there is that."""
 
     kind = name = "vulkan"
-    absorbs = decodes_all = True
+    absorbs = decodes_all = embeds = True
     rows, at_once = 512, 1e9  # of a pass; products of the first of its submits
     layout: RecordLayout
 
     def __init__(self, vulkan: kernels.Vulkan):
         super().__init__()
         self.vulkan = vulkan
-        self._ended_TD = torch.empty(0, 1)  # rows of which the last submit has made logits
         # Positions, and of each row's latents the address and the bytes of a layer.
         self._places = np.zeros((3, self.rows), np.int64)
         names = "positions", "caches", "layer_bytes"
@@ -122,7 +121,7 @@ class VulkanBackend(TorchBackend):
         return Placed(kind, (N, K), *place(self.vulkan, *parts))
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
-        """Memory for the residual stream: a pass reads the table by the chunk's ids."""
+        """Memory for the residual stream of several chunks, which read the table by their ids."""
         return torch.empty(len(ids_T), weight.shape[1])
 
     def decoder(
@@ -136,11 +135,12 @@ class VulkanBackend(TorchBackend):
         codecs, scoring = layout.codecs, SCORINGS.index(router.scoring)
         model = kernels.Model(
             self.at_once, self.rows, len(layers), len(ends.norm_D), head.shape[0], *g[:5], g.halves,
-            g.eps, g.latent_eps, g.softmax_scale, experts, router.n_group, router.topk_group,
-            router.top_k, router.group_best, scoring, router.normalized, router.factor,
-            layout.moe_intermediate_size, codecs.gate_up.kind, codecs.down.kind,
+            g.eps, g.latent_eps, g.softmax_scale, ends.factor, experts, router.n_group,
+            router.topk_group, router.top_k, router.group_best, scoring, router.normalized,
+            router.factor, layout.moe_intermediate_size, codecs.gate_up.kind, codecs.down.kind,
             (*layout.gate_up_places, *layout.down_places), levels, _matrix(ends.embedding),
             _matrix(head), norm, (kernels.Layer * len(layers))(*natives),
+            ends.frequencies_C.data_ptr(),
         )  # fmt: skip
         try:
             self._decoder = self.vulkan.decoder(model)
@@ -174,7 +174,8 @@ class VulkanBackend(TorchBackend):
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> None:
         """All of them: where experts are missing they are brought and it goes on."""
         placed: Any = experts  # ``slotmoe.offload.devices.vulkan.PlacedExperts``
-        views, step, T, at = self._views, self._step, chunk.h_TD.shape[0], 0
+        views, step, ids_T, at = self._views, self._step, cast(Tensor, chunk.ids_T), 0
+        T = len(ids_T)
         caches = cast(Sequence[LatentCache], chunk.caches)
         for cache, before, count in zip(caches, chunk.before, chunk.counts, strict=True):
             rows, first = cast(DeviceRows, cache.layers), cache.length + before
@@ -185,7 +186,7 @@ class VulkanBackend(TorchBackend):
         ends = chunk.ends and T <= kernels.ROWS
         last, moe_layer, parts = views.logits_end if ends else views.hidden_end, 0, iter([False])
         step.rows, step.first, scale_T = T, views.begin, chunk.query_scale_T
-        step.tokens, step.rope = cast(Tensor, chunk.ids_T).data_ptr(), chunk.rope_TC.data_ptr()
+        step.tokens = ids_T.data_ptr()
         step.query_scale = None if scale_T is None else scale_T.data_ptr()
         placed.write_addresses(views.table)
         while True:
@@ -196,9 +197,9 @@ class VulkanBackend(TorchBackend):
                 break
             parts = placed.bring(moe_layer, views.indices[moe_layer, :T].tolist(), views.table)
             step.first = views.gates[moe_layer]
-        chunk.h_TD.copy_(self._hidden_TD[:T])
-        if ends:
-            self._ended_TD = chunk.h_TD
+        hidden_TD = self._hidden_TD[:T]
+        chunk.h_TD = chunk.h_TD.copy_(hidden_TD) if len(chunk.h_TD) else hidden_TD
+        chunk.logits_TV = self._logits_TV[:T] if ends else None
         if chunk.timer is not None:
             chunk.timer.mark("captured layers")
         chunk.layer = self._count
@@ -209,12 +210,8 @@ class VulkanBackend(TorchBackend):
         return x_TD
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
-        """The head's; of rows that the last pass has ended with it is there already."""
-        T, K = x_TK.shape
-        row = (x_TK.data_ptr() - self._ended_TD.data_ptr()) // (4 * K)
-        if 0 <= row <= self._ended_TD.shape[0] - T:
-            return self._logits_TV[row : row + T].clone()
-        self._ended_TD, views, parts = self._ended_TD[:0], self._views, list[Tensor]()
+        """The head's."""
+        views, parts = self._views, list[Tensor]()
         for rows_TD in x_TK.contiguous().split(kernels.ROWS):
             given = {"rows": len(rows_TD), "hidden": rows_TD.data_ptr()}
             self._decoder.run(kernels.Step(first=views.hidden_end, last=views.logits_end, **given))

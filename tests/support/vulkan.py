@@ -126,7 +126,7 @@ class OnDevice:
         pointers = {name: item.data_ptr() for name, item in more.items()}
         ends = views.begin if first is None else first, views.logits_end if last is None else last
         tables = (item.ctypes.data for item in lists)
-        return vk.Step(T, *ends, *tables, rope_TC.data_ptr(), **pointers)
+        return vk.Step(T, *ends, *tables, **pointers)
 
     def run(self, *arguments, **more):
         """Do a step; logits float32 [T, V]."""

@@ -70,10 +70,17 @@ void estimate(const Policy& p, int64_t id, int64_t now, double faded, double fad
     p.wait[id] = (1.0 - chance) / (often > 1e-9 ? often : 1e-9) * double(p.layers);
 }
 
-double worth_of(const Policy& p, int64_t layer, double chance, double wait) {
-    const double far = double(p.layer < 0 ? p.layers : layer > p.layer ? layer - p.layer : layer - p.layer + p.layers);
+double far_of(const Policy& p, int64_t layer) {
+    return double(p.layer < 0 ? p.layers : layer > p.layer ? layer - p.layer : layer - p.layer + p.layers);
+}
+
+double worth_of(double far, double chance, double wait) {
     const double now = chance / far, later = 1.0 / (far + wait);
     return now > later ? now : later;
+}
+
+double worth_of(const Policy& p, int64_t layer, double chance, double wait) {
+    return worth_of(far_of(p, layer), chance, wait);
 }
 
 }  // namespace
@@ -95,11 +102,15 @@ EXPORT int slotmoe_judge(Policy* policy, const int64_t* used, int64_t m, int64_t
         for (int64_t i = first; i < end; i++) p.recent[i] *= faded, p.lasting[i] *= faded_long;
         for (int64_t i = 0; i < t * k; i++) {
             const int64_t age = t - 1 - i / k;
-            p.recent[used[i]] += (1 - kShort) * std::pow(kShort, age);
-            p.lasting[used[i]] += (1 - kLong) * std::pow(kLong, age);
+            p.recent[used[i]] += (1 - kShort) * (age ? std::pow(kShort, age) : 1.0);
+            p.lasting[used[i]] += (1 - kLong) * (age ? std::pow(kLong, age) : 1.0);
             if (age == 0) p.last[used[i]] = now;
         }
-        for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, next ? next + (i - first) : nullptr);
+        if (next) {
+            for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, next + (i - first));
+        } else {
+            for (int64_t i = first; i < end; i++) estimate(p, i, now, 1.0, 1.0, nullptr);
+        }
         p.layer = all ? -1 : layer, p.visited[layer] = now, p.lowest[layer] = 0.0, p.longest[layer] = INFINITY;
     }
     return kOk;
@@ -139,10 +150,12 @@ EXPORT int slotmoe_exchange(Policy* policy, int64_t* ids, int64_t n, double fact
     double cut = 0.0, worths[kAtOnce];
     for (int64_t i = 0; i < n; i++) cut = std::max(cut, worth(ids[i]) / factor);
     int64_t found = 0;
+    most = std::min(most, n);
     for (int64_t l = 0, first = 0; most > 0 && l < p.layers; l++, first += p.experts) {
+        const double far = far_of(p, l);
         for (int64_t from = first; from < first + p.experts; from += kAtOnce) {
             const int64_t these = std::min(kAtOnce, first + p.experts - from);
-            for (int64_t i = 0; i < these; i++) worths[i] = worth_of(p, l, p.chance[from + i], p.wait[from + i]);
+            for (int64_t i = 0; i < these; i++) worths[i] = worth_of(far, p.chance[from + i], p.wait[from + i]);
             for (int64_t i = 0; i < these; i++) {
                 if (!(worths[i] < cut) || !p.cached[from + i] || p.held[from + i]) continue;
                 int64_t at = found < most ? found++ : most - 1;

@@ -55,15 +55,13 @@ Layer = structure(
 )
 Model = structure(
     "double: at_once int: rows layers hidden vocabulary heads n p r v halves double: eps latent_eps"
-    " scale int: experts groups kept top_k group_best scoring normalized double: factor"
+    " scale rope_scale int: experts groups kept top_k group_best scoring normalized double: factor"
     " int: intermediate gate_up down places: places address: levels"
-    " matrix: embedding head address: norm layers: layer",
+    " matrix: embedding head address: norm layers: layer pointer: frequencies",
     matrix=Matrix,
     layers=ctypes.POINTER(Layer),
 )
-Step = structure(
-    "rows first last pointer: tokens positions caches layer_bytes rope query_scale hidden"
-)
+Step = structure("rows first last pointer: tokens positions caches layer_bytes query_scale hidden")
 _Views = structure(
     "pointer: table stopped indices weights logits hidden address: normed int: begin hidden_end"
     " logits_end bytes list: gates sums pointer: spans int: sets",

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../cpu/isa.h"
+#include "../cpu/api.h"
 #include "shaders.h"
 
 namespace slotmoe::vulkan {
@@ -190,6 +190,7 @@ Part pair_of(const Matrix& gate, const Matrix& up, uint64_t x, uint64_t y) {
 
 void Decoder::check(const Model& m) const {
     require(m.at_once >= 1, "a part of a step has no products");
+    require(m.frequencies, "a model lacks its rotations");
     require(m.rows >= kRows && m.rows <= kMostRows, "a step has 8 to 4096 rows at most");
     const int64_t sizes[] = {m.layers, m.hidden, m.heads, m.n, m.p, m.r, m.v};
     for (const int64_t size : sizes) require(size >= 1 && size < 1 << 24, "a size of the model is out of range");
@@ -272,7 +273,8 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         // A long context is split the more, the fewer heads there are.
         const int64_t splits = std::clamp<int64_t>(1024 / H, 16, 64);
         hidden_ = D;
-        rope_ = m.p;
+        frequencies_.assign(m.frequencies, m.frequencies + m.p / 2);
+        rope_scale_ = static_cast<float>(m.rope_scale);
         at_once_ = m.at_once;
         tokens_ = m.embedding.n;
         start_ = up(sizeof(Io) + 8 * moe * E, 16);
@@ -579,7 +581,7 @@ void Decoder::run(const Step& step) {
     const int64_t rows = step.rows;
     if (rows < 1 || rows > rows_) refuse("a step has 1 to " + std::to_string(rows_) + " rows");
     const bool layers = step.first < views_.hidden_end;  // else it needs the rows alone, or goes on with what is there
-    require(!layers || (step.tokens && step.positions && step.caches && step.layer_bytes && step.rope), "a step lacks a list");
+    require(!layers || (step.tokens && step.positions && step.caches && step.layer_bytes), "a step lacks a list");
     char* mapped = static_cast<char*>(mapped_->mapped);
     const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
     *reinterpret_cast<Io*>(mapped) = {kNone, number(rows), number(start_), number(stride_)};
@@ -593,7 +595,8 @@ void Decoder::run(const Step& step) {
                 "a row has neither a token of the vocabulary nor a residual stream");
         row = {static_cast<int32_t>(std::max<int64_t>(step.tokens[t], -1)), static_cast<uint32_t>(step.positions[t]),
                step.query_scale ? step.query_scale[t] : 1.0f, 0, step.caches[t], static_cast<uint64_t>(step.layer_bytes[t])};
-        std::memcpy(&row + 1, step.rope + t * rope_, 4 * rope_);
+        rotations(static_cast<float>(step.positions[t]), frequencies_.data(), static_cast<int64_t>(frequencies_.size()), rope_scale_,
+                  reinterpret_cast<float*>(&row + 1));
     }
     const bool takes = !layers && step.hidden;  // rows of the residual stream, for the head
     if (step.hidden) std::memcpy(mapped + taken_, step.hidden, 4 * rows * hidden_);

@@ -27,7 +27,7 @@ struct Layer {
 struct Model {
     double at_once;  // products that the first part of a step of many rows has
     int64_t rows, layers, hidden, vocabulary, heads, n, p, r, v, halves;
-    double eps, latent_eps, scale;
+    double eps, latent_eps, scale, rope_scale;
     int64_t experts, groups, kept, top_k, group_best, scoring, normalized;
     double factor;
     int64_t intermediate, gate_up, down;  // the experts' width and kinds
@@ -36,6 +36,7 @@ struct Model {
     Matrix embedding, head;
     uint64_t norm;
     const Layer* layer;
+    const float* frequencies;  // [p / 2], in this process: angles of a position's rotations, which rope_scale multiplies
 };
 
 struct Span {
@@ -60,8 +61,7 @@ struct Views {
 
 // Operations [first, last) for so many rows: from `begin` or a gate to a gate or to what ends in `end`.  A row is a token,
 // or for -1 what is in `hidden` [rows, hidden]; its position, the address of its sequence's latents, float16 [layers, ...,
-// r + p], whose layers are so many bytes apart, and its rotations, [rows, p / 2, 2].  Rows may be of one sequence, in
-// order.  A layer whose choice lacks an expert stops the rest; when it is there, a step from that layer's gate goes on.
+// r + p], whose layers are so many bytes apart.  Rows may be of one sequence, in order.  A layer whose choice lacks an expert stops the rest; when it is there, a step from that layer's gate goes on.
 // From `hidden_end` on, the head takes rows that are given in `hidden` alone.
 // More than kRows rows end in `hidden_end` at most, and go in several submits, each of a part that takes 50 ms by what the
 // last took, so that no watchdog ends one; behind `submit` all but the last are over.  From a gate on, experts that the
@@ -72,7 +72,7 @@ struct Step {
     const int64_t *tokens, *positions;
     const uint64_t* caches;
     const int64_t* layer_bytes;
-    const float *rope, *query_scale, *hidden;  // scales [rows] are 1 for null
+    const float *query_scale, *hidden;  // scales [rows] are 1 for null
 };
 
 // What operations read and write, a bit each: memory that nothing else changes meanwhile is not in it.
@@ -151,7 +151,9 @@ private:
     std::vector<int64_t> gates_, sums_;
     std::vector<Span> spans_;
     Views views_{};
-    int64_t rows_ = 0, hidden_ = 0, rope_ = 0, tokens_ = 0;  // of a step at most; columns; rows of the embedding
+    int64_t rows_ = 0, hidden_ = 0, tokens_ = 0;  // of a step at most; columns; rows of the embedding
+    std::vector<float> frequencies_;
+    float rope_scale_ = 1;
     int64_t start_ = 0, stride_ = 0;  // in mapped memory, where what comes with a step is: its rows, of which each
     int64_t taken_ = 0, told_ = 0;    // ... rows of the residual stream, what is told
     double at_once_ = 0;              // products of a part of a step in tiles
