@@ -192,8 +192,9 @@ class Learned(Cache):
         self._chance_N, self._wait_N, (self._lowest_M, self._longest_M) = *memory[2:4], memory[6:8]
         # The third is the layer visited last, or -1.
         self._state = np.array([layers, experts, 0, *map(_address, memory)], np.int64)
-        self._found = np.empty(3)
-        self._at, self._found_at = _address(self._state), _address(self._found)
+        self._found, self._pairs_2N = np.empty(3), np.empty((2, count), np.int64)
+        kept = self._state, self._found, *self._pairs_2N
+        self._at, self._found_at, *self._pairs_at = map(_address, kept)
 
     def add(self, expert_id: int) -> None:
         super().add(expert_id)
@@ -201,12 +202,14 @@ class Learned(Cache):
         self._lowest_M[layer], self._longest_M[layer] = 0.0, np.inf
 
     def pairs(self, ids_N: Array, most: int) -> tuple[Array, Array]:
-        """One use where it lies costs as much: each is worth ``_COPIES`` of what leaves."""
-        gone_N = np.empty(most, np.int64)
-        given = _address(ids_N), len(ids_N), _COPIES, most, _address(gone_N)
+        """One use where it lies costs as much: each is worth ``_COPIES`` of what leaves.  They are
+        there until the next call."""
+        (new_N, gone_N), (new, gone) = self._pairs_2N, self._pairs_at
+        new_N[: len(ids_N)] = ids_N
+        given = new, len(ids_N), _COPIES, most, gone
         self._native.call("exchange", self._at, *given, self._found_at)
         count = self._found.view(np.int64).item(0)
-        return ids_N[:count], gone_N[:count]
+        return new_N[:count], gone_N[:count]
 
     def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
         inputs: tuple[int | None, ...] = None, 0, 0, None

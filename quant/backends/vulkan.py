@@ -10,6 +10,7 @@ latents L layers, S positions, X elements of a row.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
 
@@ -150,7 +151,10 @@ class VulkanBackend(TorchBackend):
             told = f"this model's shapes are not computed on Vulkan yet ({problem})"
             raise ConfigError(f"{told}; use --device cpu") from None
         self._views = views = self._decoder.views
-        self._hidden_TD, self._logits_TV = map(torch.from_numpy, (views.hidden, views.logits))
+        hidden_TD, logits_TV, indices_MTK = (
+            torch.from_numpy(view) for view in (views.hidden, views.logits, views.indices)
+        )
+        self._told = lru_cache(lambda T: (hidden_TD[:T], logits_TV[:T], indices_MTK[:, :T]))
         return self
 
     def _layer(self, layer: Layer[Prepared]) -> Any:
@@ -197,13 +201,13 @@ class VulkanBackend(TorchBackend):
                 break
             parts = placed.bring(moe_layer, views.indices[moe_layer, :T].tolist(), views.table)
             step.first = views.gates[moe_layer]
-        hidden_TD = self._hidden_TD[:T]
+        hidden_TD, logits_TV, indices_MTK = self._told(T)
         chunk.h_TD = chunk.h_TD.copy_(hidden_TD) if len(chunk.h_TD) else hidden_TD
-        chunk.logits_TV = self._logits_TV[:T] if ends else None
+        chunk.logits_TV = logits_TV if ends else None
         if chunk.timer is not None:
             chunk.timer.mark("captured layers")
         chunk.layer = self._count
-        experts.passed(0, torch.from_numpy(views.indices[:, :T]), None)
+        experts.passed(0, indices_MTK, None)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         """The head's, which ``linear`` computes with it: the same."""
@@ -215,5 +219,5 @@ class VulkanBackend(TorchBackend):
         for rows_TD in x_TK.contiguous().split(kernels.ROWS):
             given = {"rows": len(rows_TD), "hidden": rows_TD.data_ptr()}
             self._decoder.run(kernels.Step(first=views.hidden_end, last=views.logits_end, **given))
-            parts.append(self._logits_TV[: len(rows_TD)].clone())
+            parts.append(self._told(len(rows_TD))[1].clone())
         return torch.cat(parts)
