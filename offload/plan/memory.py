@@ -231,12 +231,13 @@ def _vulkan_scratch(c: Config, T: int) -> int:
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
     few, moe, P, uses = FEW_ROWS, len(c.moe_layers), c.qk_rope_head_dim, K * c.moe_intermediate_size
     widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size)
-    row = 4 * D + (c.q_lora_rank or 0) + H * (c.qk_nope_head_dim + P + c.v_head_dim) + R + P
-    row += max(H * (R + P), K * D) + c.n_routed_experts + max(widest, uses) + 2 * K
+    groups, cached = (c.grouped.groups, 2 * R) if c.grouped else (1, R + P)
+    row = 4 * D + (c.q_lora_rank or 0) + H * (c.qk_nope_head_dim + P + c.v_head_dim)
+    row += groups * cached + max(H * cached, K * D) + c.n_routed_experts + max(widest, uses) + 2 * K
     sums = H * (R + 2) * max(few * min(max(1024 // H, 16), 64), T)
     told = 17 * (T * K // 16 + c.n_routed_experts) + 2 * moe * c.n_routed_experts + T * (10 + P)
     few *= (moe - 1) * D + c.vocab_size + uses
-    return 4 * (T * row + sums + told + few + 750 * c.num_hidden_layers)
+    return 4 * (T * row + sums + told + few + 1000 * c.num_hidden_layers)
 
 
 def _more_scratch(c: Config) -> int:

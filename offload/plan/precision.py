@@ -68,7 +68,10 @@ def kernels_for(asked: str, is_gpu: bool, codecs: Mapping[str, Codec]) -> str:
 
 def check_vulkan(config: Config) -> None:
     """Raises ``ConfigError`` for a model that Vulkan's shaders do not compute."""
-    if config.family.attention != "latent" or config.indexer or config.hyper or config.delta:
+    family, grouped = config.family, config.grouped
+    apart = (config.indexer, config.compressed, config.hyper, config.delta, *config.windows)
+    more = family.sinks or family.logit_bias or family.expert_biases or family.shared_gate
+    if any(apart) or more or (grouped and "o" in grouped.biased):
         problem = f"{config.family.architecture} is not there yet on Vulkan"
         raise ConfigError(f"{problem}; use --device cpu")
 

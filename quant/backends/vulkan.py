@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Ends, Geometry, Layer, Mla, Mlp
+from slotmoe.border import Chunk, Ends, Geometry, Grouped, Layer, Mla
 from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import Empty, Prepared, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels import vulkan as kernels
 from slotmoe.quant.shapes import WIDENED
-from slotmoe.state import LatentCache
+from slotmoe.state import GroupedCache, LatentCache
 from slotmoe.system import Placement
 
 _ALIGNMENT = 256  # bytes, of a tensor among others
@@ -133,12 +133,17 @@ class VulkanBackend(TorchBackend):
         norm, levels = place(self.vulkan, ends.norm_D, layout.levels())
         natives = [self._layer(layer) for layer in layers]
         self._count, experts = len(layers), max(layer.gate.n for layer in natives)
+        grouped, one = (0, False, False), layers[0].attention
+        if g.grouped and isinstance(one, Grouped):
+            by_row = one.q_norm is not None and len(one.q_norm) > g.grouped.Z
+            grouped = g.grouped.G, g.grouped.norm_last, by_row
         codecs, scoring = layout.codecs, SCORINGS.index(router.scoring)
         model = kernels.Model(
             self.at_once, self.rows, len(layers), len(ends.norm_D), head.shape[0], *g[:5], g.halves,
-            g.eps, g.latent_eps, g.softmax_scale, ends.factor, experts, router.n_group,
-            router.topk_group, router.top_k, router.group_best, scoring, router.normalized,
-            router.factor, layout.moe_intermediate_size, codecs.gate_up.kind, codecs.down.kind,
+            *grouped, g.eps, g.latent_eps, g.softmax_scale, ends.factor, experts,
+            router.n_group, router.topk_group, router.top_k, router.group_best, scoring,
+            router.normalized, router.factor, layout.moe_intermediate_size,
+            codecs.gate_up.kind, codecs.down.kind,
             (*layout.gate_up_places, *layout.down_places), levels, _matrix(ends.embedding),
             _matrix(head), norm, (kernels.Layer * len(layers))(*natives),
             ends.frequencies_C.data_ptr(),
@@ -159,20 +164,25 @@ class VulkanBackend(TorchBackend):
 
     def _layer(self, layer: Layer[Prepared]) -> Any:
         """A layer's weights, with norms and gate on the device."""
-        attention, mlp = layer.attention, layer.mlp or Mlp[Prepared | None](None, None, None)
-        assert isinstance(attention, Mla) and attention.indexer is None
-        kept = [layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm]
-        more = attention.q_a_layernorm, layer.gate, layer.gate_bias
-        places = iter(place(self.vulkan, *kept, *(part for part in more if part is not None)))
-        input_norm, latent_norm, next_norm = next(places), next(places), next(places)
-        query_norm, gate, bias = (0 if part is None else next(places) for part in more)
+        a, mlp, biases = layer.attention, layer.mlp, list[Tensor]()
+        matrices: tuple[Prepared | None, ...]
+        if isinstance(a, Grouped):
+            assert not a.window and a.sinks is a.o_bias is a.q_gate is None
+            norms, matrices = (a.q_norm, a.k_norm), (a.q_proj, None, a.k_proj, a.v_proj)
+            biases += [part for part in (a.q_bias, a.k_bias, a.v_bias) if part is not None]
+        else:
+            assert isinstance(a, Mla) and a.indexer is None
+            norms, matrices = (a.q_a_layernorm, a.kv_a_layernorm), (a.kv_a_proj, a.kv_b_proj)
+            matrices = a.q_a_proj or a.q_proj, a.q_b_proj, *matrices
+        kept = [layer.input_layernorm, *norms, layer.post_attention_layernorm, layer.gate]
+        kept += [layer.gate_bias, torch.cat(biases) if biases else None]
+        places = iter(place(self.vulkan, *(part for part in kept if part is not None)))
+        *first, gate, bias, own = (0 if part is None else next(places) for part in kept)
         rows = (0, 0) if layer.gate is None else layer.gate.shape
-        attended = attention.kv_a_proj, attention.kv_b_proj, attention.o_proj
-        queries = attention.q_a_proj or attention.q_proj, attention.q_b_proj
+        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if mlp else (None, None, None)
         return kernels.Layer(
-            input_norm, query_norm, latent_norm, next_norm, *map(_matrix, (*queries, *attended)),
-            kernels.Matrix(_DENSE[torch.float32], *rows, gate), bias,
-            *map(_matrix, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+            *first, *map(_matrix, (*matrices, a.o_proj)),
+            kernels.Matrix(_DENSE[torch.float32], *rows, gate), bias, own, *map(_matrix, parts),
         )  # fmt: skip
 
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> None:
@@ -180,9 +190,10 @@ class VulkanBackend(TorchBackend):
         placed: Any = experts  # ``slotmoe.offload.devices.vulkan.PlacedExperts``
         views, step, ids_T, at = self._views, self._step, cast(Tensor, chunk.ids_T), 0
         T = len(ids_T)
-        caches = cast(Sequence[LatentCache], chunk.caches)
+        caches = cast(Sequence[LatentCache | GroupedCache], chunk.caches)
         for cache, before, count in zip(caches, chunk.before, chunk.counts, strict=True):
-            rows, first = cast(DeviceRows, cache.layers), cache.length + before
+            held = cache.rows if isinstance(cache, GroupedCache) else cache.layers
+            rows, first = cast(DeviceRows, held), cache.length + before
             self._places[0, at : at + count] = np.arange(first, first + count)
             self._places[1, at : at + count] = rows.address
             self._places[2, at : at + count] = rows.layer_bytes

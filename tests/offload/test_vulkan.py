@@ -16,6 +16,7 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.kernels.vulkan import REFUSED, Vulkan, VulkanError
 from slotmoe.tools.bench.speed import measure
 from tests.support.engine import IDS, decode, whole
+from tests.support.families import GROUPED_CASES
 from tests.support.tiny import ODD_SIZES, SAMPLE, write_checkpoint
 from tests.support.v4 import write_case
 
@@ -37,11 +38,11 @@ def texts(runtime, prompts=PROMPTS, count=6):
     return [[token.id for token in stream] for stream in streams]
 
 
-def close(found, wanted):
+def close(found, wanted, median=1e-5):
     """Both keep latents in float16, and where one lies between two of these they may round apart,
-    by 2^-11."""
+    by 2^-11; keys and values are more, and do so more often."""
     errors = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
-    return errors.median() < 1e-5 and errors.max() < 2**-11
+    return errors.median() < median and errors.max() < 2**-11
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,10 @@ CASES = {
     "v2-lite": (EXPERT_CODECS["lut", "3.5"], "nf4"),
     "v3": (EXPERT_CODECS["lut", "3"], "mixed"),
     "moonlight": (EXPERT_CODECS["lut", "4"], "bf16"),
+    "qwen3": (EXPERT_CODECS["nf4", "4"], "nf4"),
+    "glm4": (EXPERT_CODECS["lut", "3.5"], "int8"),
+    "minimax": (EXPERT_CODECS["lut", "2.5"], "mixed"),
+    "ernie": (EXPERT_CODECS["nf4", "4"], "int8"),
 }
 
 
@@ -93,13 +98,17 @@ def test_random_checkpoints_are_as_the_reference_says(case, tmp_path):
         own |= {"n_group": 1, "topk_group": 1} if own else {}
         write_checkpoint(tmp_path / "source", **own)
     else:
-        write_case(tmp_path / "source", "v3-groups-yarn", torch.bfloat16, **own)
+        name = case if case in GROUPED_CASES else "v3-groups-yarn"
+        write_case(tmp_path / "source", name, torch.bfloat16, **own)
     quantize(tmp_path / "source", tmp_path / "export", codecs=codecs, resident=resident)
     with opened(tmp_path / "export", "cpu", kernels="torch") as runtime:
         wanted = runtime.logits(IDS[:20]), texts(runtime, PROMPTS[:1])
     with opened(tmp_path / "export", slots=6) as runtime:
-        assert close(runtime.logits(IDS[:20]), wanted[0])
+        median = 1e-4 if case in GROUPED_CASES else 1e-5
+        assert close(runtime.logits(IDS[:20]), wanted[0], median)
         assert texts(runtime, PROMPTS[:1]) == wanted[1]
+        memory = runtime.stats()["memory"]
+        assert 0.97 < memory["peak_vram"] / sum(memory["plan"].values()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -161,9 +170,10 @@ def test_what_is_not_there_yet_is_refused(export, options, named):
 def test_models_that_are_not_there_yet_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="quantize False is not there"):
         opened(SAMPLE, quantize=False)
-    write_case(tmp_path / "v3.2", "v3.2", torch.bfloat16)
-    with pytest.raises(ConfigError, match="DeepseekV32ForCausalLM is not there"):
-        opened(tmp_path / "v3.2")
+    for case, named in {"v3.2": "DeepseekV32", "dots": "Dots1", "gpt-oss": "GptOss"}.items():
+        write_case(tmp_path / case, case, torch.bfloat16)
+        with pytest.raises(ConfigError, match=f"{named}ForCausalLM is not there"):
+            opened(tmp_path / case)
     write_checkpoint(tmp_path / "odd", **ODD_SIZES)
     with pytest.raises(ConfigError, match="shapes are not computed"):
         opened(tmp_path / "odd")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from slotmoe.quant.kernels import vulkan as vk
+from tests.support.families import config_of
 from tests.support.tiny import CONFIG, SMALL
 from tests.support.vulkan import LOST, NO_ROOM, TIMEOUT, Loader, OnDevice, needs_vulkan
 
@@ -213,6 +214,8 @@ def crowded(loader=None):
         for some in (ids[:16], ids[16:32]):
             model.run(some, some, [cache] * 16, None, model.views.hidden_end)
             found.append(torch.from_numpy(model.views.hidden.copy()))
+        model = OnDevice(device, config_of("qwen3_moe", head_dim=64))
+        found.append(model.run(ids[:3], ids[:3], [model.cache()] * 3))
         return torch.cat([part.flatten() for part in found])
     finally:
         device.close()

@@ -37,6 +37,10 @@ MODELS = {  # a config, and how its weights are coded
     "moonlight int5, 2": (config_of(V3, **GREEDY), "int5", LUT["2"]),
     "glm in halves, mxfp4": (OF_GLM, "int8", KEPT_CODECS["mxfp4"]),
     "mistral int6, 2.5": (config_of(MISTRAL, **SOFTMAX), "int6", LUT["2.5"]),
+    "qwen3": (config_of("qwen3_moe", num_key_value_heads=1, num_attention_heads=10), "nf4"),
+    "glm4 with biases, of a part": (config_of("glm4_moe"), "int8"),
+    "minimax, norms of rows": (config_of("minimax_m2"), "int8", LUT["2"]),
+    "hunyuan, norms last": (config_of("hunyuan_v1_moe"), "mixed", LUT["3.5"]),
 }
 
 
@@ -65,13 +69,10 @@ def mlp(x, weights):
     return F.silu(gate) * up
 
 
-def expected(model, index, read, rope_TC, factor_T):
-    """Of a layer what each of its shaders gives out of what was ``read``, of each set [T, ...];
-    ``latents`` are each row's cached ones, its own last."""
-    (H, N, P, R, V, eps, low_eps, scale, halves, router), T = model.geometry[:10], len(rope_TC)
-    layer, backend = model.network.layers[index], model.backend
-    a, gives = layer.attention, {}
-    x_TD = rms(read["hidden"], layer.input_layernorm, eps)
+def of_latents(model, a, x_TD, read, rope_TC, factor_T):
+    """Of a layer's attention, its input normed, what each shader gives."""
+    (H, N, P, R, V, _, low_eps, scale, halves), T = model.geometry[:9], len(rope_TC)
+    backend, gives = model.backend, {}
     gives["latent"] = linear(x_TD, a.kv_a_proj)
     if a.q_a_proj is None:
         gives["query"] = linear(x_TD, a.q_proj)
@@ -91,6 +92,48 @@ def expected(model, index, read, rope_TC, factor_T):
         weights_HS = (q_HW @ rows_SW.T * scale).softmax(dim=-1)
         out_THV.append(torch.einsum("hs,sr,hvr->hv", weights_HS, rows_SW[:, :R], kv_HXR[:, N:]))
     gives["values"] = torch.stack(out_THV)
+    return gives
+
+
+def of_groups(model, a, x_TD, read, rope_TC, _):
+    """The same of grouped queries."""
+    g, T, gives = model.geometry, len(rope_TC), {}
+    H, (G, Z, norm_last) = g.H, g.grouped
+    gives["query"] = linear(x_TD, a.q_proj)
+    gives["latent"] = torch.cat([linear(x_TD, a.k_proj), linear(x_TD, a.v_proj)], dim=1)
+    k_TX, v_TX = read["latent"].split(G * Z, dim=1)
+
+    def keyed(x_TX, bias, gain):
+        x_TNZ = (x_TX if bias is None else x_TX + bias).view(T, -1, Z)
+        if gain is not None and not norm_last:
+            x_TNZ = rms(x_TNZ.reshape(-1, len(gain)), gain, g.eps).view(x_TNZ.shape)
+        turned = model.backend.rotate(x_TNZ[..., : g.P], rope_TC, g.halves)
+        x_TNZ = torch.cat([turned, x_TNZ[..., g.P :]], dim=-1)
+        return rms(x_TNZ, gain, g.eps) if gain is not None and norm_last else x_TNZ
+
+    q_THZ = keyed(read["query"], a.q_bias, a.q_norm)
+    gives["queries"] = torch.cat([torch.zeros_like(q_THZ), q_THZ], dim=-1)
+    v_TGZ = (v_TX if a.v_bias is None else v_TX + a.v_bias).view(T, G, Z)
+    kept_TGW = torch.cat([v_TGZ, keyed(k_TX, a.k_bias, a.k_norm)], dim=-1)
+    gives["caches"] = kept_TGW.clamp(-65504, 65504).half().float()
+    out_THV = []
+    for q_HW, rows_GSW in zip(
+        read["queries"].view(T, G, H // G, 2 * Z), read["latents"], strict=True
+    ):
+        weights_GHS = (q_HW @ rows_GSW.mT * g.softmax_scale).softmax(dim=-1)
+        out_THV.append((weights_GHS @ rows_GSW[..., :Z]).flatten(0, 1))
+    gives["values"] = torch.stack(out_THV)
+    return gives
+
+
+def expected(model, index, read, rope_TC, factor_T):
+    """Of a layer what each of its shaders gives out of what was ``read``, of each set [T, ...];
+    ``latents`` are each row's cached ones, its own last."""
+    router, eps, layer = model.geometry.router, model.geometry.eps, model.network.layers[index]
+    T, backend, a = len(rope_TC), model.backend, layer.attention
+    attended = of_groups if model.geometry.grouped else of_latents
+    x_TD = rms(read["hidden"], layer.input_layernorm, eps)
+    gives = attended(model, a, x_TD, read, rope_TC, factor_T)
     gives["between"] = read["hidden"] + linear(read["values"], a.o_proj)
     x_TD = rms(read["between"], layer.post_attention_layernorm, eps)
     if layer.mlp is not None:
@@ -126,13 +169,13 @@ class Watched:
         self.model, self.T = model, 2
         self.caches, self.positions = [model.cache(1200), model.cache(36)], [1100, 35]
         self.scale_T = torch.tensor([1.0, 1.5])
-        layers, width = model.config.num_hidden_layers, model.geometry.R + model.geometry.P
+        groups, width = model.cached
         for seed, (cache, position) in enumerate(zip(self.caches, self.positions, strict=True)):
             past = torch.randn(
                 position, width, generator=torch.Generator().manual_seed(seed)
             ).half()
-            for layer in range(layers):
-                start = cache[0] + layer * cache[1]
+            for row in range(groups * model.config.num_hidden_layers):
+                start = cache[0] + row * cache[1]
                 model.device.write(start, past.data_ptr(), 1, past.nbytes)
         self.step = model.step(IDS[:2], self.positions, self.caches, query_scale=self.scale_T)
         self.rope_TC = model.kept[1]
@@ -152,8 +195,8 @@ class Watched:
         model, views, T = self.model, self.model.views, self.T
         names = "low query latent values between logits shared hidden"
         read = {name: self.rows(name) for name in names.split()}
-        H, _, P, R = model.geometry[:4]
-        read["queries"] = self.rows("queries", H * (R + P))
+        groups, width = model.cached
+        read["queries"] = self.rows("queries", model.geometry.H * width)
         read["experts"] = self.rows("experts", len(model.read("experts")) // vk.ROWS)
         layer = model.network.layers[index]
         if layer.mlp is not None:
@@ -166,10 +209,11 @@ class Watched:
             read["indices"] = torch.from_numpy(views.indices[row, :T].copy()).float()
         read["latents"] = list[torch.Tensor]()
         for (start, size), position in zip(self.caches, self.positions, strict=True):
-            host = torch.empty(position + 1, model.geometry.R + model.geometry.P).half()
-            model.device.read(start + index * size, host.data_ptr(), 1, host.nbytes)
-            read["latents"].append(host.float())
-        read["caches"] = torch.stack([rows_SW[-1] for rows_SW in read["latents"]])
+            host = torch.empty(groups, position + 1, width).half()
+            first, one = start + index * groups * size, host[0].nbytes
+            model.device.read(first, host.data_ptr(), groups, one, size, one)
+            read["latents"].append(host.float() if model.geometry.grouped else host[0].float())
+        read["caches"] = torch.stack([rows_SW[..., -1, :] for rows_SW in read["latents"]])
         return read
 
 

@@ -87,6 +87,8 @@ class OnDevice:
         self.decoder, self.views = placing._decoder, placing._views
         self.addresses_ME = self._place_records(experts._slots_ME, far)
         self.views.table[:] = self.addresses_ME
+        of = self.geometry.grouped  # groups of a layer's rows, and elements of each
+        self.cached = (of.G, 2 * of.Z) if of else (1, self.geometry.R + self.geometry.P)
         self.frequencies_C = inverse_frequencies(self.config.rope, self.config.qk_rope_head_dim)
 
     def put(self, tensor):
@@ -104,8 +106,9 @@ class OnDevice:
 
     def cache(self, context=96):
         """The address of a sequence's latents [L, S, W], and the bytes of a layer: all NaN."""
-        layers, width = self.config.num_hidden_layers, self.geometry.R + self.geometry.P
-        rows = torch.full((layers, context, width), torch.nan, dtype=torch.float16)
+        groups, width = self.cached
+        shape = groups * self.config.num_hidden_layers, context, width
+        rows = torch.full(shape, torch.nan, dtype=torch.float16)
         return self.put(rows), rows[0].nbytes
 
     def step(self, ids, positions, caches, first=None, last=None, **more):

@@ -50,12 +50,13 @@ Limits = structure("allocation import_alignment unified has_budget threads separ
 Matrix = structure("kind n k address: data scale levels")
 Layer = structure(
     "address: input_norm query_norm latent_norm next_norm matrix: query query_b latent kv_b out"
-    " gate address: gate_bias matrix: mlp_gate mlp_up mlp_down",
+    " gate address: gate_bias biases matrix: mlp_gate mlp_up mlp_down",
     matrix=Matrix,
 )
 Model = structure(
-    "double: at_once int: rows layers hidden vocabulary heads n p r v halves double: eps latent_eps"
-    " scale rope_scale int: experts groups kept top_k group_best scoring normalized double: factor"
+    "double: at_once int: rows layers hidden vocabulary heads n p r v halves"
+    " key_groups norm_last norm_row double: eps latent_eps scale rope_scale"
+    " int: experts groups kept top_k group_best scoring normalized double: factor"
     " int: intermediate gate_up down places: places address: levels"
     " matrix: embedding head address: norm layers: layer pointer: frequencies",
     matrix=Matrix,

@@ -12,10 +12,10 @@
 namespace slotmoe::vulkan {
 namespace {
 
-enum ShaderName { kEmbed, kMultiply, kQueriesOf, kAttend, kValuesOf, kRoute, kSort, kSum };
+enum ShaderName { kEmbed, kMultiply, kQueriesOf, kHeads, kAttend, kValuesOf, kRoute, kSort, kSum };
 #define SLOTMOE_SHADER(name) {name##_spirv, sizeof(name##_spirv)}
 const Shader kShaders[] = {SLOTMOE_SHADER(embed),  SLOTMOE_SHADER(multiply), SLOTMOE_SHADER(queries),
-                           SLOTMOE_SHADER(attend), SLOTMOE_SHADER(values),   SLOTMOE_SHADER(route),
+                           SLOTMOE_SHADER(heads),  SLOTMOE_SHADER(attend), SLOTMOE_SHADER(values),   SLOTMOE_SHADER(route),
                            SLOTMOE_SHADER(sort),   SLOTMOE_SHADER(sum)};
 #undef SLOTMOE_SHADER
 
@@ -72,9 +72,14 @@ struct QueriesParameters {
     uint32_t kind, heads, n, p, r, v, halves, layer;
     float eps;
 };
+struct HeadsParameters {
+    uint64_t q, keys, query_norm, key_norm, biases, y;
+    uint32_t heads, groups, p, halves, norm_last, norm_row, layer;
+    float eps;
+};
 struct AttendParameters {
     uint64_t q, sums, best;
-    uint32_t heads, splits, layer;
+    uint32_t heads, groups, splits, layer;
     float scale;
 };
 struct ValuesParameters {
@@ -192,11 +197,12 @@ void Decoder::check(const Model& m) const {
     require(m.at_once >= 1, "a part of a step has no products");
     require(m.frequencies, "a model lacks its rotations");
     require(m.rows >= kRows && m.rows <= kMostRows, "a step has 8 to 4096 rows at most");
-    const int64_t sizes[] = {m.layers, m.hidden, m.heads, m.n, m.p, m.r, m.v};
+    const int64_t sizes[] = {m.layers, m.hidden, m.heads, m.n + m.p, m.p, m.r, m.v};
     for (const int64_t size : sizes) require(size >= 1 && size < 1 << 24, "a size of the model is out of range");
     require(m.hidden % 4 == 0 && m.n % 4 == 0 && m.r % 4 == 0 && m.v % 4 == 0 && m.p % 2 == 0,
             "hidden size and widths of heads must be multiples of 4");
-    require(32 * (m.r + m.p) + 1024 <= kMostShared && m.p <= 256, "latent rows are too wide");
+    require(32 * (m.key_groups ? 2 * m.r : m.r + m.p) + 1024 <= kMostShared && m.p <= 256, "latent rows are too wide");
+    require(m.key_groups ? m.heads % m.key_groups == 0 && m.r == m.v && m.n + m.p == m.r : m.n >= 1, "heads are of widths that do not fit");
     const auto span = [&](uint64_t address, int64_t bytes) {
         require(address % 16 == 0, "an address is not a multiple of 16");
         device_.holding(address, bytes);
@@ -215,17 +221,26 @@ void Decoder::check(const Model& m) const {
         const Layer& layer = m.layer[l];
         const int64_t width = m.heads * (m.n + m.p);
         norm(layer.input_norm, m.hidden);
-        norm(layer.latent_norm, m.r);
         norm(layer.next_norm, m.hidden);
-        if (layer.query_b.n) {
+        if (m.key_groups) {
+            matrix(layer.query, width, m.hidden);
+            matrix(layer.latent, m.key_groups * m.r, m.hidden);
+            matrix(layer.kv_b, m.key_groups * m.r, m.hidden);
+            if (layer.query_norm) norm(layer.query_norm, m.norm_row ? width : m.r);
+            if (layer.latent_norm) norm(layer.latent_norm, m.norm_row ? m.key_groups * m.r : m.r);
+            if (layer.biases) norm(layer.biases, (m.heads + 2 * m.key_groups) * m.r);
+        } else if (layer.query_b.n) {
             matrix(layer.query, layer.query_b.k, m.hidden);
             matrix(layer.query_b, width, layer.query.n);
             norm(layer.query_norm, layer.query.n);
         } else {
             matrix(layer.query, width, m.hidden);
         }
-        matrix(layer.latent, m.r + m.p, m.hidden);
-        matrix(layer.kv_b, m.heads * (m.n + m.v), m.r, true);
+        if (!m.key_groups) {
+            norm(layer.latent_norm, m.r);
+            matrix(layer.latent, m.r + m.p, m.hidden);
+            matrix(layer.kv_b, m.heads * (m.n + m.v), m.r, true);
+        }
         matrix(layer.out, m.hidden, m.heads * m.v);
         const Matrix& gate = layer.mlp_gate;
         if (layer.gate.n) {
@@ -263,7 +278,8 @@ void Decoder::check(const Model& m) const {
 Decoder::Decoder(Device& device, const Model& m) : device_(device) {
     check(m);
     try {
-        const int64_t T = rows_ = m.rows, D = m.hidden, H = m.heads, W = m.r + m.p, K = m.top_k, E = m.experts;
+        const int64_t T = rows_ = m.rows, D = m.hidden, H = m.heads, G = m.key_groups, K = m.top_k, E = m.experts;
+        const int64_t W = G ? 2 * m.r : m.r + m.p;  // of a row of the cache
         int64_t low = 0, between = 0, moe = 0;
         for (int64_t l = 0; l < m.layers; l++) {
             if (m.layer[l].query_b.n) low = std::max(low, m.layer[l].query.n);
@@ -293,7 +309,7 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
         rows(kHidden, D);
         rows(kLow, low);
         rows(kQuery, H * (m.n + m.p));
-        rows(kLatent, W);
+        rows(kLatent, G ? G * W : W);
         rows(kQueries, std::max(H * W, T > kRows ? K * D : 0));  // or outputs of uses
         scratch(kSums, 4 * H * (m.r + 2) * std::max(kRows * splits, T));
         rows(kValues, H * m.v);
@@ -337,24 +353,39 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             const Layer& layer = m.layer[l];
             Part query = normed(part_of(layer.query, at(kHidden), at(layer.query_b.n ? kLow : kQuery)), layer.input_norm, m.eps);
             Part latent = normed(part_of(layer.latent, at(kHidden), at(kLatent)), layer.input_norm, m.eps);
-            program.multiply({query, latent}, set(kHidden), set(layer.query_b.n ? kLow : kQuery) | set(kLatent));
+            std::vector<Part> parts{query, latent};
+            if (G) {
+                parts.push_back(normed(part_of(layer.kv_b, at(kHidden), at(kLatent) + 4 * G * m.r), layer.input_norm, m.eps));
+                parts[1].y_row = parts[2].y_row = number(G * W);
+            }
+            program.multiply(parts, set(kHidden), set(layer.query_b.n ? kLow : kQuery) | set(kLatent));
             if (layer.query_b.n) {
                 Part second = normed(part_of(layer.query_b, at(kLow), at(kQuery)), layer.query_norm, m.latent_eps);
                 program.multiply({second}, set(kLow), set(kQuery));
             }
-            const Matrix& kv_b = layer.kv_b;
+            const Matrix kv_b = G ? Matrix{} : layer.kv_b;
             const QueriesParameters queries{at(kQuery), at(kLatent), layer.latent_norm, kv_b.data, kv_b.scale, at(kQueries),
                                             number(kv_b.kind), number(H), number(m.n), number(m.p), number(m.r), number(m.v),
                                             number(m.halves), number(l), static_cast<float>(m.latent_eps)};
             const uint32_t parts_of_r = number(up(m.r / 4, 64) / 64);
-            program.add(kQueriesOf, queries, set(kQuery) | set(kLatent), set(kQueries) | set(kCaches),
-                        {number(H + 1), parts_of_r, 1, {1}}, {number(H) + kTileRows, parts_of_r, kTileRows, {kTileRows}})
-                .work = static_cast<double>(kTileRows) * H * m.n * m.r;
-            const AttendParameters attend{at(kQueries), at(kSums), best, number(H), number(splits), number(l),
+            const uint64_t made = set(kQueries) | set(kCaches);
+            if (G) {
+                const HeadsParameters heads{at(kQuery), at(kLatent), layer.query_norm, layer.latent_norm, layer.biases,
+                                            at(kQueries), number(H), number(G), number(m.p), number(m.halves),
+                                            number(m.norm_last), number(m.norm_row), number(l), static_cast<float>(m.eps)};
+                const Way each{number(H + 2 * G), 1, 1, {number(m.r)}};
+                program.add(kHeads, heads, set(kQuery) | set(kLatent), made, each, each);
+            } else {
+                program.add(kQueriesOf, queries, set(kQuery) | set(kLatent), made, {number(H + 1), parts_of_r, 1, {1}},
+                            {number(H) + kTileRows, parts_of_r, kTileRows, {kTileRows}})
+                    .work = static_cast<double>(kTileRows) * H * m.n * m.r;
+            }
+            const uint32_t groups = number(std::max<int64_t>(G, 1)), of_heads = groups * number(up(H / groups, 8) / 8);
+            const AttendParameters attend{at(kQueries), at(kSums), best, number(H), groups, number(splits), number(l),
                                           static_cast<float>(m.scale)};
-            const uint32_t r = number(m.r), p = number(m.p), of_heads = number(up(H, 8) / 8), of_v = number(up(m.v, 32) / 32);
-            program.add(kAttend, attend, set(kQueries) | set(kCaches), set(kSums), {of_heads, number(splits), 1, {r, p, 0}},
-                        {of_heads, 1, 1, {r, p, 1}})
+            const uint32_t r = number(m.r), p = number(W - m.r), of_v = G ? 1 : number(up(m.v, 32) / 32);
+            program.add(kAttend, attend, made, set(kSums), {of_heads, number(splits), 1, {r, p, 0, G > 0}},
+                        {of_heads, 1, 1, {r, p, 1, G > 0}})
                 .work_by_context = static_cast<double>(H) * (m.r + W);
             const ValuesParameters values{at(kSums), best, kv_b.data, kv_b.scale, at(kValues), number(kv_b.kind), number(H),
                                           number(splits), number(m.n), number(m.v)};
@@ -381,7 +412,7 @@ Decoder::Decoder(Device& device, const Model& m) : device_(device) {
             const uint64_t told_choice = 4 * program.serial * T * K;
             Part gate = normed(part_of(layer.gate, at(kBetween), at(kLogits)), layer.next_norm, m.eps);
             gate.normed = at(kNormed) + 4 * program.serial * kRows * D;
-            std::vector<Part> parts{gate};
+            parts.assign(1, gate);
             if (has_mlp) parts.push_back(activated);
             program.multiply(parts, set(kBetween), set(kLogits) | set(kNormed) | set(kActivated));
             if (has_mlp) program.multiply({down}, set(kActivated), set(kShared), Program::kMany);

@@ -20,13 +20,16 @@ struct Matrix {
 struct Layer {
     uint64_t input_norm, query_norm, latent_norm, next_norm;
     Matrix query, query_b, latent, kv_b, out, gate;  // as in `Attention` of quant/kernels/cpu/api.h
-    uint64_t gate_bias;
+    uint64_t gate_bias, biases;                      // biases of queries, keys and values, [heads + 2 groups, r]
     Matrix mlp_gate, mlp_up, mlp_down;  // dense, or the shared experts; n is 0 without them
 };
 
 struct Model {
     double at_once;  // products that the first part of a step of many rows has
     int64_t rows, layers, hidden, vocabulary, heads, n, p, r, v, halves;
+    // Grouped queries: `latent` makes keys and `kv_b` values, r wide each, of so many groups; 0 for latent attention.
+    // Norms are of each head or of the whole row, before rotations or behind them.
+    int64_t key_groups, norm_last, norm_row;
     double eps, latent_eps, scale, rope_scale;
     int64_t experts, groups, kept, top_k, group_best, scoring, normalized;
     double factor;

@@ -1,17 +1,19 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #include "common.glsl"
-// Eight heads of a row over one split of its context: sums [rows, H, splits, R], best score and total weight [rows, H,
+// Eight heads of a group of a row over one split of its context: sums [rows, H, splits, R], best score and total weight [rows, H,
 // splits].  Where the context is split depends on its length alone.  Of many rows a workgroup goes through all splits,
-// one after the other, and puts them together as values.comp does: sums [rows, H, R].
+// one after the other, and puts them together as values.comp does: sums [rows, H, R].  Latents are one group's, whose rows
+// are keys and in R columns values; KEYS_LAST has the key in P columns behind them.
 layout(local_size_x = 128) in;
 layout(constant_id = 0) const uint R = 512u;
 layout(constant_id = 1) const uint P = 64u;
 layout(constant_id = 2) const uint WHOLE = 0u;
+layout(constant_id = 3) const uint KEYS_LAST = 0u;
 const uint HEADS = 8u, BLOCK = 16u, W = R + P, PAIRS = (R / 2u + 127u) / 128u;
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly buffer Parameters {
   uint64_t q, sums, best;
-  uint heads, splits, layer;
+  uint heads, groups, splits, layer;
   float scale;
 };
 layout(push_constant) uniform Push { Parameters s; Io io; uint serial, first_row; };
@@ -23,8 +25,9 @@ void main() {
   uint length = about.position + 1u, share = (length + s.splits * BLOCK - 1u) / (s.splits * BLOCK) * BLOCK;
   uint split = WHOLE == 1u ? 0u : gl_WorkGroupID.y, splits = WHOLE == 1u ? s.splits : split + 1u;
   if (io.stop < serial || split * share >= length) return;
-  uint first_head = gl_WorkGroupID.x * HEADS, heads = min(HEADS, s.heads - first_head);
-  uint64_t rows = about.cache + s.layer * about.layer_bytes;
+  uint share_of = s.heads / s.groups, parts = (share_of + HEADS - 1u) / HEADS, group = gl_WorkGroupID.x / parts;
+  uint before = gl_WorkGroupID.x % parts * HEADS, first_head = group * share_of + before, heads = min(HEADS, share_of - before);
+  uint64_t rows = about.cache + (s.layer * s.groups + group) * about.layer_bytes;
   for (uint c = i; c < HEADS * W; c += 128u) {
     q[c] = c < heads * W ? Floats(s.q).f[(t * s.heads + first_head) * W + c] * s.scale : 0.0;
   }
@@ -44,7 +47,7 @@ void main() {
       if (first + row < end) {
         Words words = Words(rows + 2u * uint64_t(first + row) * W);
         x = 0.0;
-        [[dont_unroll]] for (uint c = 0u; c < W / 2u; c++) {
+        [[dont_unroll]] for (uint c = KEYS_LAST * R / 2u; c < W / 2u; c++) {
           vec2 pair = unpackHalf2x16(words.w[c]);
           x = fma(pair.x, q[mine * W + 2u * c], x);
           x = fma(pair.y, q[mine * W + 2u * c + 1u], x);

@@ -59,6 +59,8 @@ float add_dot(vec4 a, vec4 b, float sum) {
   return y;
 }
 
+uint saturated(float a, float b) { return packHalf2x16(clamp(vec2(a, b), -65504.0, 65504.0)); }
+
 // By what sums of weights over two parts of a context are multiplied when they are added; `top` is the better of both.
 vec2 joined(inout float top, float best) {
   float better = max(top, best);

@@ -23,8 +23,6 @@ float turned(uint64_t x, float factor, Row about, uint c) {
   return y;
 }
 
-uint saturated(float a, float b) { return packHalf2x16(clamp(vec2(a, b), -65504.0, 65504.0)); }
-
 void main() {
   uint i = gl_LocalInvocationIndex, head = gl_WorkGroupID.x, t = (gl_WorkGroupID.z + first_row) * TILE;
   uint width = s.r + s.p, last = io.count - 1u;

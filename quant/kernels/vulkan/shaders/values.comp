@@ -2,7 +2,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "common.glsl"
 // A head's latent output, of the splits of a row's context, through its last V rows of kv_b: y [rows, H, V].  Of a tile
-// of rows it is put together already.
+// of rows it is put together already.  Without kv_b, that output is what values make: y [rows, H, R].
 layout(local_size_x = 128) in;
 layout(constant_id = 0) const uint R = 512u;
 layout(constant_id = 1) const uint TILE = 1u;
@@ -30,12 +30,18 @@ void main() {
         total = fma(best.y, factors.y, total * factors.x);
         sum = fma(Vectors(s.sums).v[(first + j) * (R / 4u) + c], vec4(factors.y), sum * factors.x);
       }
+      if (s.data == 0ul) Vectors(s.y).v[(t * s.heads + head) * (R / 4u) + c] = sum / total;
       latent[c] = sum;
       if (c == 0u) totals[0] = total;
     }
   } else if (i < TILE && t + i < io.count) {
     totals[i] = Pairs(s.best).v[(t + i) * s.heads + head].y;
   }
+  for (uint c = i; s.data == 0ul && TILE > 1u && c < TILE * (R / 4u); c += 128u) {
+    uint from = (t + c / (R / 4u)) * s.heads + head, place = from * (R / 4u) + c % (R / 4u);
+    if (t + c / (R / 4u) < io.count) Vectors(s.y).v[place] = Vectors(s.sums).v[place] / Pairs(s.best).v[from].y;
+  }
+  if (s.data == 0ul) return;
   for (uint at = 0u; at < VALUES; at += 8u) {
     uint value = gl_WorkGroupID.y * VALUES + at + i / 16u, row = head * (s.n + s.v) + s.n + value;
     float sums[TILE];
