@@ -2,11 +2,11 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, starmap
 from struct import Struct
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class Token:
         return (*_SCORED.iter_unpack(self.packed),)
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step added to an answer; its text ends with a ``complete`` character, or does not.
     ``finish`` is None while it goes on, ``stop`` after an end-of-sentence token or a stop string
     (then ``stopped_by``), ``length`` at the limit, or what the caller of ``Answer.end`` gives."""
@@ -57,22 +56,39 @@ class Delta:
     complete: bool = True
 
 
-def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id by float32 CPU logits: the likeliest at temperature 0, else by one random number."""
-    if sampling.temperature == 0:
-        return int(logits_V.numpy().argmax())  # which takes less time than torch's
-    number, native = torch.rand(1, dtype=torch.float64, generator=generator), load()
+def numbers(generator: torch.Generator) -> Iterator[float]:
+    """Random numbers from 0 to 1, some of them ahead: to draw one takes as long."""
+    while True:
+        yield from torch.rand(64, dtype=torch.float64, generator=generator).tolist()
+
+
+def sample(
+    logits_V: Tensor, sampling: Sampling, numbers: Iterator[float]
+) -> tuple[int, float, float]:
+    """One id by float32 CPU logits: the likeliest at temperature 0, else by the next of
+    ``numbers``; as ``scored`` gives it.  Its logarithms are not finite where logits are not."""
+    number, native = next(numbers) if sampling.temperature else 0.0, load()
     if native is not None:  # it knows when it may give another id than what follows
-        limits = sampling.top_p, min(sampling.top_k, len(logits_V)), sampling.min_p
-        chosen = native.choose(logits_V, sampling.temperature, *limits, float(number))
-        if (id := int(chosen)) >= 0:
-            return id
+        limits = sampling.top_p, min(sampling.top_k, logits_V.shape[0]), sampling.min_p
+        chosen = native.choose(logits_V, (sampling.temperature, *limits, number))
+        if chosen[0] >= 0:
+            return chosen
+    if sampling.temperature == 0:
+        return scored(logits_V, int(logits_V.argmax()))
     ids, weights = candidates(logits_V, sampling)
     sums = weights.cumsum(dim=-1)
-    mark = number * sums[-1]
     # Below the whole sum even where the product was rounded up, so never past the last candidate.
-    mark = mark.minimum(sums[-1:].nextafter(torch.zeros_like(mark)))
-    return int(ids[torch.searchsorted(sums, mark, right=True)])
+    mark = (number * sums[-1:]).minimum(sums[-1:].nextafter(sums[-1:] * 0))
+    return scored(logits_V, int(ids[torch.searchsorted(sums, mark, right=True)]))
+
+
+def scored(logits_V: Tensor, id: int) -> tuple[int, float, float]:
+    """``id``, the logarithm of its probability by float32 CPU logits, and that of the sum of all
+    exponentials, both float32."""
+    values_V = logits_V.numpy()
+    top = values_V.max()  # as ``logsumexp``, in fewer steps
+    total = (logits_V - float(top)).exp_().sum().log_().numpy() + top
+    return id, float(values_V[id] - total), float(total)
 
 
 def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -110,13 +126,11 @@ class Penalties:
         self._repetition, self._prompt = sampling.repetition_penalty, prompt
         self._ids = [token_id for token_id, _ in sampling.logit_bias]
         self._bias = torch.tensor([value for _, value in sampling.logit_bias])
-        self._is_on = self._repetition != 1 or self._presence or self._frequency or self._ids
+        self.are_on = bool(self._repetition != 1 or self._presence or self._frequency or self._ids)
         self._times_V: Tensor | None = None  # how often the answer holds an id
 
     def __call__(self, logits_V: Tensor) -> Tensor:
-        """``logits_V``, or a copy with penalties and bias."""
-        if not self._is_on:
-            return logits_V
+        """A copy of ``logits_V`` with penalties and bias, where they ``are_on``."""
         if self._times_V is None:
             self._times_V, self._seen_V = torch.zeros_like(logits_V), torch.zeros_like(logits_V) > 0
             ids = torch.tensor(self._prompt)
@@ -132,9 +146,9 @@ class Penalties:
 
     def add(self, chosen: int) -> None:
         """The answer holds this id now."""
-        if self._times_V is not None:
-            self._times_V[chosen] += 1
-            self._seen_V[chosen] = True
+        assert self._times_V is not None
+        self._times_V[chosen] += 1
+        self._seen_V[chosen] = True
 
 
 @dataclass(frozen=True)
@@ -181,8 +195,9 @@ class Answer:
         shown: Mapping[int, str] | None = None,
     ):
         self._tokenizer, self._eos = tokenizer, eos_token_ids
-        self._sampling, self._random = sampling, torch.Generator()
-        self._random.manual_seed(self._random.seed() if sampling.seed is None else sampling.seed)
+        generator, seed = torch.Generator(), sampling.seed
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        self._sampling, self._numbers = sampling, numbers(generator)
         self._left, self._stops, self._logprobs = max_new_tokens, stops or Stops(), logprobs
         self._grammar, self._penalties = grammar, Penalties(sampling, prompt)
         self.stream, self._prompt_stream = TextStream(tokenizer, shown), TextStream(tokenizer)
@@ -207,26 +222,27 @@ class Answer:
             raise CheckpointError(_BROKEN)
         if self._left == 0:
             return self.end("length")
-        if len(logits_V) > self._tokenizer.size:
+        if logits_V.shape[0] > self._tokenizer.size:
             logits_V = logits_V[: self._tokenizer.size]
-        adjusted_V = self._penalties(logits_V)
+        adjusted_V = self._penalties(logits_V) if self._penalties.are_on else logits_V
         if self._grammar is not None:
-            allowed_V = self._grammar.allowed()[: len(logits_V)]
+            allowed_V = self._grammar.allowed()[: logits_V.shape[0]]
             adjusted_V = adjusted_V.masked_fill(~allowed_V, -math.inf)
-        chosen = sample(adjusted_V, self._sampling, self._random)
-        if not math.isfinite(adjusted_V.numpy()[chosen]):
+        chosen, logprob, _ = sample(adjusted_V, self._sampling, self._numbers)
+        if not math.isfinite(logprob):
             raise CheckpointError(_BROKEN)
         if chosen in self._eos:
             return self.end("stop")
         self.ids.append(chosen)
-        self._penalties.add(chosen)
+        if self._penalties.are_on:
+            self._penalties.add(chosen)
         self._left -= 1
         self._held.append(self._token(chosen, self.stream.push(chosen), logits_V))
         complete = self._grammar is not None and self._grammar.consume(chosen)
         delta = self._release()
         if delta.finish is None and (complete or self._left == 0):
             rest = self.end("stop" if complete else "length")
-            return replace(rest, text=delta.text + rest.text, tokens=delta.tokens + rest.tokens)
+            return rest._replace(text=delta.text + rest.text, tokens=delta.tokens + rest.tokens)
         return delta
 
     def end(self, finish: str, error: str = "") -> Delta:
@@ -239,21 +255,19 @@ class Answer:
     def _token(self, token_id: int, text: str, logits_V: Tensor) -> Token:
         if self._logprobs is None:
             return Token(token_id, text)
-        values_V, packed = logits_V.numpy(), b""
-        top = values_V.max()  # as ``logsumexp``, in fewer steps
-        total = (logits_V - float(top)).exp_().sum().log_().numpy() + top
-        if self._logprobs:
-            best = logits_V.topk(self._logprobs)
-            pairs = zip(best.indices.tolist(), (best.values - float(total)).tolist(), strict=True)
-            packed = b"".join(starmap(_SCORED.pack, pairs))
-        return Token(token_id, text, float(values_V[token_id] - total), packed)
+        _, logprob, total = scored(logits_V, token_id)
+        if not self._logprobs:
+            return Token(token_id, text, logprob)
+        best = logits_V.topk(self._logprobs)
+        pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
+        return Token(token_id, text, logprob, b"".join(starmap(_SCORED.pack, pairs)))
 
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
         text = _text(self._held)
         if not (self._stops.strings or self._stops.calls):  # as most often
             released, self._held = tuple(self._held), []
-            return Delta(text, released, complete=self.stream.complete)
+            return Delta(text, released, None, None, "", self.stream.complete)
         if stopped := self._stopped(text, False):
             return stopped
         before = len(self._stops.text_before_calls(text, False))

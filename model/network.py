@@ -198,11 +198,12 @@ class Network:
     def head_each(self, h_TD: Tensor) -> Tensor:
         """``head``, each row bitwise what it gives alone.  torch multiplies a tied head, and its
         product of several rows differs from that of one in the last bit."""
-        by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
-        most = 1 if by_torch else self.rows or len(h_TD)
-        if len(h_TD) <= most:
-            return self.head(h_TD)
-        return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(most)])
+        if h_TD is not self._ended[0] or self._ended[1] is None:
+            by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
+            most = 1 if by_torch else self.rows or len(h_TD)
+            if len(h_TD) > most:
+                return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(most)])
+        return self.head(h_TD)
 
 
 class MtpHead:

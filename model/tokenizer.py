@@ -242,6 +242,7 @@ class Tokenizer:
         spelled = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
         ids = {vocabulary[name]: name for name in spelled.keys() & vocabulary.keys()}
         self._bytes = {id_: spelled[n] for id_, n in ids.items() if self.decode([id_]) != n}
+        self._known = dict[int, bytes]()  # what byte-level tokens have added to some text
         self.size = max(vocabulary.values(), default=-1) + 1
         if self.size > (most := min(rows + _SPARE_IDS, MAX_TOKENIZER_VALUES)):
             problem = f"has the token id {self.size - 1}; the model's {rows} rows allow {most - 1}"
@@ -295,6 +296,13 @@ class Tokenizer:
         """The bytes that a token adds to a text, as its first or behind the token ``before``; none
         for a special one.  Bytes of part of a character, which have no text, are those of
         byte-level BPE or of a byte token like ``<0xE2>``."""
+        if (known := self._known.get(token_id)) is None:
+            known = self._added(token_id, before)
+            if self._is_byte_level and token_id not in self._bytes:
+                self._known[token_id] = known
+        return known
+
+    def _added(self, token_id: int, before: int | None) -> bytes:
         text, byte = self.decode([token_id]), self._bytes.get(token_id)
         if byte is not None and (before is not None or REPLACEMENT in text):
             return byte
@@ -376,6 +384,7 @@ class TextStream:
         self._tokenizer, self._shown = tokenizer, {**marks, **(shown or {})}
         self._before: int | None = None
         self._characters = getincrementaldecoder("utf-8")("replace")
+        self.complete = True  # no character is waiting for its last bytes
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
@@ -385,16 +394,16 @@ class TextStream:
             return ""
         added = self._tokenizer.token_bytes(token_id, self._before)
         self._before = token_id
-        return self._characters.decode(added)
+        if self.complete and added.isascii():  # as most often
+            return added.decode()
+        text = self._characters.decode(added)
+        self.complete = not self._characters.getstate()[0]
+        return text
 
     def flush(self) -> str:
         """What remains at the end: an incomplete character, as U+FFFD."""
+        self.complete = True
         return self._characters.decode(b"", final=True)
-
-    @property
-    def complete(self) -> bool:
-        """True if no character is waiting for its last bytes."""
-        return not self._characters.getstate()[0]
 
 
 def _template_of(settings: _Settings, own: bytes, path: Path) -> str | None:

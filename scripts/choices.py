@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from slotmoe.model.generate import sample
+from slotmoe.model.generate import numbers, sample
 from slotmoe.model.sampling import Sampling
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.passes import Passes, Row
@@ -59,10 +59,10 @@ def policy(layers: int = 59, experts: int = 160, missed: int = 5) -> float:
 def token(spread: float, vocabulary: int = 129_280) -> float:
     """A token by logits of that standard deviation."""
     generator, spent = torch.Generator().manual_seed(0), list[float]()
-    logits_V = spread * torch.randn(vocabulary, generator=generator)
+    logits_V, draws = spread * torch.randn(vocabulary, generator=generator), numbers(generator)
     for _ in range(RUNS):
         started = thread_time()
-        sample(logits_V, Sampling(temperature=0.6, top_p=0.95), generator)
+        sample(logits_V, Sampling(temperature=0.6, top_p=0.95), draws)
         spent.append(thread_time() - started)
     return 1e6 * min(spent)
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from traceback import print_exception, walk_tb
 
@@ -250,7 +250,7 @@ class Batch:
                 if piece.finish is None and row.sequence.length == self._model.plan.context:
                     rest = answer.end("length")
                     text, tokens = piece.text + rest.text, piece.tokens + rest.tokens
-                    piece = replace(rest, text=text, tokens=tokens)
+                    piece = rest._replace(text=text, tokens=tokens)
                 if piece.finish is None:
                     request.emit(piece)
             except Exception as problem:  # of the sampler, or of who gets the answer

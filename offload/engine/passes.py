@@ -3,12 +3,12 @@
 Shapes: T tokens, D hidden_size, R rows, V vocab_size.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -86,8 +86,8 @@ class HeadDrafts:
 
 
 class Sequence:
-    """A text on its way: a state, and the ``tokens`` that have made it, a new list after each
-    change; an id of -1 is unknown.  Rows of the state behind them are garbage: a pass that failed
+    """A text on its way: a state, and the ``tokens`` that have made it, in a list that only grows;
+    an id of -1 is unknown.  Rows of the state behind them are garbage: a pass that failed
     may have written them.  ``head`` drafts or, where it is None, what the text has repeated."""
 
     def __init__(self, state: SequenceState, head: HeadDrafts | None):
@@ -107,7 +107,7 @@ class Sequence:
 
     def append(self, ids: list[int], hidden_TD: Tensor) -> None:
         """A pass has computed ``ids`` and a draft, with the residual stream ``hidden_TD``."""
-        self.tokens = self.tokens + ids
+        self.tokens += ids
         if self._head is not None:
             self._drafted_RD = hidden_TD[len(ids) - 1 :].clone()
             self.hidden_RD = self._drafted_RD[:1]
@@ -117,11 +117,11 @@ class Sequence:
         is the residual stream behind them, ``before_RD`` what was known before them."""
         parts = [part for part in (before_RD, hidden_TD[:-1]) if part is not None and len(part)]
         if self._head is not None and parts:
-            self._head.read(self.tokens, torch.cat(parts))
+            self._head.read([*self.tokens], torch.cat(parts))
 
     def accept(self, id: int) -> None:
         """The next token of the draft has come."""
-        self.tokens = [*self.tokens, id]
+        self.tokens.append(id)
         if self.hidden_RD is not None:
             self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
 
@@ -191,8 +191,7 @@ class Passes:
         # What a step gives, computed; raises ``DeviceError``.
         self.compute = partial(model.device.run, ways_out=ways_out)
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
-        # Memory for the ids of a pass, by their number.
-        self._ids = lru_cache(maxsize=MOST_DRAFTED)(partial(torch.empty, dtype=torch.int64))
+        self._ids = lru_cache(maxsize=MOST_DRAFTED)(_memory)
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
 
@@ -210,8 +209,10 @@ class Passes:
         if (timer := self._model.network.timer) is not None:
             timer.begin()
         started = time.perf_counter()
-        decoding = [row for row in rows if not row.is_prompt]
-        read = 0 if len(decoding) == len(rows) else sum(len(r.ids) for r in rows if r.is_prompt)
+        decoding, read = rows, 0
+        if prompts := [row for row in rows if row.is_prompt]:
+            decoding = [row for row in rows if not row.is_prompt]
+            read = sum(len(row.ids) for row in prompts)
         # With more rows the pass would go another way, and give other bits.
         room = self._model.network.rows - read - len(decoding)
         if self.drafting is not None and decoding and room > 0:
@@ -221,7 +222,7 @@ class Passes:
                 for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):
                     row.draft = tokens[:length]
         drafted_at = time.perf_counter()
-        self._run(rows)
+        self._run(rows, prompts)
         if self.drafting is not None and decoding:
             count = sum(1 + len(row.draft) for row in decoding)
             seconds = None if read else time.perf_counter() - drafted_at
@@ -253,21 +254,27 @@ class Passes:
         """Logits of the residual stream after the last layer, float32 [R, V] on the device."""
         return self.compute(partial(self._model.network.head, hidden_RD))
 
-    def _run(self, rows: Sequenced[Row]) -> None:
+    def _run(self, rows: Sequenced[Row], prompts: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
         model, network = self._model, self._model.network
-        ids, prompts = [row.ids + row.draft for row in rows], [row for row in rows if row.is_prompt]
-        counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
-        (memory_T := self._ids(len(tokens))).numpy()[:] = tokens
+        tokens, counts, states = list[int](), list[int](), list[SequenceState]()
+        for row in rows:
+            tokens += row.ids
+            tokens += row.draft
+            counts.append(len(row.ids) + len(row.draft))
+            states.append(row.sequence.state)
+        memory_T, written_T = self._ids(len(tokens))
+        written_T[:] = tokens  # type: ignore[assignment]
         ids_T = model.device.upload(memory_T)
 
         def step() -> tuple[Tensor, Tensor | None]:
-            for row in rows:
-                row.sequence.state.cut(len(row.sequence.tokens))
+            for row, state in zip(rows, states, strict=True):
+                if state.length != len(row.sequence.tokens):
+                    state.cut(len(row.sequence.tokens))
             model.experts.begin(len(tokens), len(rows))
             if model.experts.lookahead is not None:
                 model.experts.lookahead.read_tables(tokens)
-            hidden_TD = network.forward(ids_T, [row.sequence.state for row in rows], counts)
+            hidden_TD = network.forward(ids_T, states, counts)
             if not prompts:
                 return hidden_TD, network.head_each(hidden_TD)
             parts = zip(rows, hidden_TD.split(counts), strict=True)
@@ -288,3 +295,9 @@ class Passes:
                 at += 1 + len(row.draft)
         for row, before_RD in read:  # with all sequences as long as their states
             row.sequence.read(before_RD, row.hidden_TD)
+
+
+def _memory(count: int) -> tuple[Tensor, "ctypes.Array[ctypes.c_int64]"]:
+    """For so many ids of a pass, also as what takes a list soonest."""
+    written = (ctypes.c_int64 * count)()
+    return torch.frombuffer(written, dtype=torch.int64), written

@@ -173,7 +173,7 @@ class Experts:
             stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
         slots_ME = self._none_ME if stops else self.slots.slots_ME
-        if len(slots_ME) > self._count:
+        if self._count < len(self._layers):
             slots_ME = slots_ME[: self._count]
         return SlotTable(self.records, slots_ME, complete)
 
@@ -405,8 +405,6 @@ class Experts:
                 listener(route)
 
     def _end_of_layer(self, moe_layer: int) -> None:
-        if moe_layer >= self._count - 1 and self._pass.later == 0:
-            self._pass = Progress()
         self.look()
         if self.timer is not None:
             self.timer.mark("cache and prefetch")

@@ -62,6 +62,10 @@ class NativeDecoder:
         # Of one token's call that asks so many routers; no two of a pass ask equally many.
         self._results = dict[int, tuple[list[Tensor], list[int]]]()
         self._slots_ME: Tensor | None = None  # that were checked last
+        # Of the last call, checked.
+        self._positions, self._given = int64s([]), tuple[object, ...]()
+        self._ids_T: Tensor | None = None
+        self._ids_at: int | None = None
         self._reached, self._spent = ctypes.c_int64(), (ctypes.c_double * len(STAGES))()
         kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
         kinds |= {border.Grouped: self._grouped}
@@ -79,9 +83,13 @@ class NativeDecoder:
         assert resumed == (chunk.routed_TD is not None)
         began, slots_ME, sizes = time.perf_counter(), table.slots_ME, layers.sizes
         # A call stores all latents of a layer before any token attends to them.
-        pairs = [*zip(chunk.caches, chunk.counts, strict=True)]
-        caches = [cache for cache, count in pairs for _ in range(count)]
-        positions = [cache.length + index for cache, count in pairs for index in range(count)]
+        caches, positions = list[SequenceState](), list[int]()
+        for cache, count in zip(chunk.caches, chunk.counts, strict=True):
+            caches += [cache] * count
+            positions += range(cache.length, cache.length + count)
+        if len(self._positions) != len(positions):
+            self._positions = int64s(positions)
+        self._positions[:] = positions  # type: ignore[assignment]
         tokens, slab = self._tokens(chunk, caches, positions), self._bind(table.records)
         if slots_ME is not self._slots_ME:
             address(slots_ME, torch.int32, sizes["M"], sizes["E"])
@@ -95,7 +103,7 @@ class NativeDecoder:
             if T == 1:
                 self._results[asked] = results
         (y_TX, norms, weights_TK, logits_TV, indices, inputs), places = results
-        h = address(chunk.h_TD, f32, T, sizes["X"]) if len(chunk.h_TD) else None
+        h = address(chunk.h_TD, f32, T, sizes["X"]) if chunk.h_TD.shape[0] else None
         x, routed, post, comb = None, None, None, None
         if resumed:
             x, routed = address(x_TD, f32, T, H), address(chunk.routed_TD, f32, T, H)
@@ -138,8 +146,19 @@ class NativeDecoder:
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        ids = address(chunk.ids_T, torch.int64, T)
-        return TOKENS[0](int64s(positions), None, scaled, *rows, *keys, lists, ids, None, *delta)
+        return self._bound(None, scaled, *rows, *keys, lists, self._ids(chunk, T), None, *delta)
+
+    def _ids(self, chunk: border.Chunk, T: int) -> int | None:
+        """The address of the tokens' ids, which often lie where they did."""
+        if chunk.ids_T is not self._ids_T:
+            self._ids_T, self._ids_at = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
+        return self._ids_at
+
+    def _bound(self, *given: object) -> ctypes.Structure:
+        """The tokens at their positions, as they were where the rest is."""
+        if (given := (self._positions, *given)) != self._given:
+            self._given, self._structure = given, TOKENS[len(self._layers.groups)](*given)
+        return self._structure
 
     def _compressed(
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
@@ -162,10 +181,10 @@ class NativeDecoder:
             kept.append(table_TC)
         rows = self._last(self._rows, [cache.window for cache in caches], positions)
         self._tables = kept  # which the call reads
-        return TOKENS[len(layers.groups)](
-            *(int64s(positions), None),
+        return self._bound(
+            None,
             *(address(chunk.query_scale_T, torch.float32, T), *rows, *NO_STORE, None),
-            address(chunk.ids_T, torch.int64, T),
+            self._ids(chunk, T),
             address(chunk.compressed_rope_TC, c64, T, C),
             *NO_DELTA,
             *groups,
@@ -183,8 +202,7 @@ class NativeDecoder:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        ids = address(chunk.ids_T, torch.int64, T)
-        return TOKENS[0](int64s(positions), None, None, *rows, *keys, None, ids, None, *delta)
+        return self._bound(None, None, *rows, *keys, None, self._ids(chunk, T), None, *delta)
 
     def _delta(
         self, states: Sequence[SequenceState], positions: Sequence[int]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model import generate
-from slotmoe.model.generate import Answer, candidates, sample
+from slotmoe.model.generate import Answer, candidates, numbers, sample
 from slotmoe.model.sampling import Generation, Sampling
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream
@@ -24,8 +24,8 @@ def seeded(seed=0):
 
 
 def test_sampling_follows_the_tempered_distribution(heavy):
-    logits, generator = torch.tensor([0.0, 1.0, 2.0]), seeded(1)
-    drawn = [sample(logits, Sampling(temperature=2.0), generator) for _ in range(1500)]
+    logits, draws = torch.tensor([0.0, 1.0, 2.0]), numbers(seeded(1))
+    drawn = [sample(logits, Sampling(temperature=2.0), draws)[0] for _ in range(1500)]
     counts = torch.bincount(torch.tensor(drawn))
     torch.testing.assert_close(counts / 1500, (logits / 2).softmax(-1), atol=0.05, rtol=0)
 
@@ -76,13 +76,11 @@ def test_candidates_are_those_of_a_full_sort(top_p, top_k, min_p):
             torch.testing.assert_close(got, want / want.sum(), atol=1e-12, rtol=0)
 
 
-def test_what_is_forbidden_is_never_drawn(monkeypatch):
+def test_what_is_forbidden_is_never_drawn():
     """Not even by the smallest or the largest random number."""
     logits = torch.tensor([-torch.inf, 0.3, -torch.inf, 0.2, 0.1, -torch.inf])
     for number, expected in ((0.0, 1), (1 - 2**-53, 4)):
-        mark = torch.tensor([number], dtype=torch.float64)
-        monkeypatch.setattr(torch, "rand", lambda *_, mark=mark, **__: mark)
-        assert sample(logits, Sampling(temperature=1.0), seeded()) == expected
+        assert sample(logits, Sampling(temperature=1.0), iter([number]))[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -94,23 +92,28 @@ def test_kernels_draw_what_is_drawn_without_them(limits, monkeypatch):
     """Where rounding could decide, they leave it to torch; that is rare."""
     drawn, certain, choose = [[], []], [], native.choose
 
-    def chosen(*given):
-        certain.append(int(choose(*given)))
-        return torch.tensor(certain[-1:])
+    def chosen(*given, **by_id):
+        found = choose(*given, **by_id)
+        certain.extend([] if by_id else found[:1])
+        return found
 
     monkeypatch.setattr(native, "choose", chosen, raising=False)
     for way, found in zip((native, None), drawn, strict=True):
         monkeypatch.setattr(generate, "load", lambda way=way: way)
         for seed, (width, temperature) in enumerate(product((2.0, 4.0), (0.3, 0.7, 1.5))):
-            logits, draws = torch.randn(20_011, generator=seeded(seed)) * width, seeded(seed)
+            logits = torch.randn(20_011, generator=seeded(seed)) * width
+            draws = numbers(seeded(seed))
             ties = (logits * 4).round() / 4
             for values in (logits, ties, logits.where(logits > 2, -torch.inf)):
                 sampling = Sampling(temperature=temperature, **limits)
                 found += [sample(values, sampling, draws) for _ in range(6)]
-    assert drawn[0] == drawn[1]
+                found.append(sample(values, Sampling(), draws))
+    for (id, *logs), (other, *others) in zip(*drawn, strict=True):
+        assert id == other and logs == pytest.approx(others, abs=1e-5)
     assert certain.count(-1) < len(certain) / 5
     for values in (logits * torch.nan, logits.where(logits < 0, torch.inf)):
-        assert int(choose(values, 1.0, 0.9, 0, 0.0, 0.5)) == -1
+        for limits in ((1.0, 0.9, 0, 0.0, 0.5), (0.0, 1.0, 0, 0.0, 0.0)):
+            assert choose(values, limits)[0] == -1
 
 
 BAD = [("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1)]

@@ -43,10 +43,13 @@ from slotmoe.quant.shapes import SWIGLU, Activation, GroupShape, latent_bytes, r
 from slotmoe.state import Empty, Group
 from slotmoe.system import cores
 
-ABI = 22
+ABI = 23
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 STAGES = ("attention", "gate", "experts", "shared experts and dense layers", "head")
 """Whose seconds `decode` gives."""
+
+
+_Chosen = ctypes.c_double * 3
 
 
 class Kernels:
@@ -60,6 +63,7 @@ class Kernels:
         if self.library.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self.library.slotmoe_abi()}, expected {ABI}")
         self.set_threads(cores())
+        self._logits: tuple[Tensor | None, int | None, int] = None, None, 0  # that were checked
         self._functions = {name: NativeFunction(self.library, name) for name in SIGNATURES}
         vars(self).update((name, self._functions[name]) for name in {*SIGNATURES} - {*dir(Kernels)})
         self.isas = tuple(
@@ -143,6 +147,21 @@ class Kernels:
         """Call a function with its C arguments, unchecked, and raise what its status says."""
         if status := self._functions[name].native(*arguments):
             check(status)
+
+    def choose(
+        self, logits: Tensor, limits: tuple[float, ...] = (0.0, 1.0, 0, 0.0, 0.0), id: int = -1
+    ) -> tuple[int, float, float]:
+        """Of logits float32 [V] an id by `limits`, temperature, top-p, top-k, min-p and a number
+        from 0 to 1, -1 where it is not certain, or `id`; the logarithm of its probability, and of
+        the sum of all exps.  Both are NaN where nothing is chosen."""
+        checked = self._logits
+        if logits is not checked[0]:  # one text's lie always in the same memory
+            size = len(logits)
+            self._logits = checked = logits, address(logits, torch.float32, size), size
+        found = _Chosen(id)
+        self.call("choose", *checked[1:], *limits, found)
+        chosen, logprob, total = found
+        return int(chosen), logprob, total
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.

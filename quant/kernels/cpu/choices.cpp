@@ -180,53 +180,69 @@ EXPORT int slotmoe_exchange(Policy* policy, int64_t* ids, int64_t n, double fact
 
 // The id that `sample` of model/generate.py gives by a `number` from 0 to 1, for limits by top-k or top-p; -1 where sums
 // in another order, or in the precision of those of unlikely ids, could give another one, or likely ids are very many.
-EXPORT int slotmoe_choose(const float* x, int64_t v, double temperature, double top_p, int64_t top_k, double min_p,
-                          double number, int64_t* chosen) {
+static int64_t draw(Job& job, const Isa& isa, const float* x, int64_t v, double temperature, double top_p, int64_t top_k,
+                    double min_p, double number) {
     const bool counts = top_k > 0 && top_k < v;
-    *chosen = -1;
-    if (!(counts || top_p < 1) || !(temperature > 0)) return kOk;
-    return guarded([&](Job& job, const Isa& isa) {
-        int64_t *ids = job.scratch<int64_t>(kOrder, kLikely), *places = job.scratch<int64_t>(kLists, kLikely), n = 0;
-        double *w = job.scratch<double>(kScores, kLikely), masses[kSteps], others, sum = 0.0, start = 0.0, goal = 1.0;
-        float top;
-        const auto likelier = [&](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
-        const auto step = [&](int64_t id) { return int64_t(double(top - x[id]) / temperature * (kSteps / 16)); };
-        for (double reach = 9; sum <= goal; reach += 3) {  // e^-reach is the least of what is likely
-            if (reach > 15) return;
-            others = isa.survey(x, v, float(1 / temperature), float(reach * temperature), kLikely, ids, &n, &top);
-            if (n < 1 || n > kLikely || std::isnan(others)) return;
-            if (counts && n < top_k) continue;
-            if (counts) std::partial_sort(ids, ids + top_k, ids + n, likelier), n = top_k, others = 0.0;
-            std::fill(masses, masses + kSteps, sum = 0.0);
-            for (int64_t i = 0; i < n; i++) {
-                sum += w[i] = std::exp(double(x[ids[i]] - top) / temperature);
-                masses[step(ids[i])] += w[i];
-            }
-            goal = top_p < 1 ? top_p * (sum + others) : 0.0;
-        }
-        const auto passes = [&](double mark) {  // where the sum of the likeliest does; `start` is without that one
-            int64_t s = 0, count = 0;
-            for (start = 0.0; s < kSteps - 1 && start + masses[s] <= mark; s++) start += masses[s];
-            for (int64_t i = 0; i < n; i++)
-                if (step(ids[i]) == s) places[count++] = i;
-            std::sort(places, places + count, [&](int64_t a, int64_t b) { return likelier(ids[a], ids[b]); });
-            for (int64_t i = 0; i < count; start += w[places[i++]])
-                if (start + w[places[i]] > mark) return places[i];
-            return int64_t(-1);
-        };
-        double mass = sum, doubt = 1e-5 * others + 1e-9 * sum, likely = 0.0;
-        if (top_p < 1) {
-            const int64_t last = passes(goal);
-            mass = last < 0 ? 0.0 : start + w[last];
-            if (mass - goal < doubt || (start > 0 && goal - start < doubt)) return;
-        }
+    int64_t *ids = job.scratch<int64_t>(kOrder, kLikely), *places = job.scratch<int64_t>(kLists, kLikely), n = 0;
+    double *w = job.scratch<double>(kScores, kLikely), masses[kSteps], others, sum = 0.0, start = 0.0, goal = 1.0;
+    float top;
+    const auto likelier = [&](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
+    const auto step = [&](int64_t id) { return int64_t(double(top - x[id]) / temperature * (kSteps / 16)); };
+    if (!(counts || top_p < 1)) return -1;
+    for (double reach = 6; sum <= goal; reach += 3) {  // e^-reach is the least of what is likely
+        if (reach > 15) return -1;
+        others = isa.survey(x, v, float(1 / temperature), float(reach * temperature), kLikely, ids, &n, &top);
+        if (n < 1 || n > kLikely || std::isnan(others)) return -1;
+        if (counts && n < top_k) continue;
+        if (counts) std::partial_sort(ids, ids + top_k, ids + n, likelier), n = top_k, others = 0.0;
+        std::fill(masses, masses + kSteps, sum = 0.0);
         for (int64_t i = 0; i < n; i++) {
-            if (std::fabs(w[i] - min_p) < 1e-12) return;
-            likely += w[i] > min_p ? w[i] : 0.0;
+            sum += w[i] = std::exp(double(x[ids[i]] - top) / temperature);
+            masses[step(ids[i])] += w[i];
         }
-        mass = std::min(mass, likely), doubt = 1e-9 * mass;
-        const int64_t drawn = passes(number * mass);
-        const double over = number * mass - start;
-        if (drawn >= 0 && (start == 0 || over > doubt) && w[drawn] - over > doubt) *chosen = ids[drawn];
+        goal = top_p < 1 ? top_p * (sum + others) : 0.0;
+    }
+    const auto passes = [&](double mark) {  // where the sum of the likeliest does; `start` is without that one
+        int64_t s = 0, count = 0;
+        for (start = 0.0; s < kSteps - 1 && start + masses[s] <= mark; s++) start += masses[s];
+        for (int64_t i = 0; i < n; i++)
+            if (step(ids[i]) == s) places[count++] = i;
+        std::sort(places, places + count, [&](int64_t a, int64_t b) { return likelier(ids[a], ids[b]); });
+        for (int64_t i = 0; i < count; start += w[places[i++]])
+            if (start + w[places[i]] > mark) return places[i];
+        return int64_t(-1);
+    };
+    double mass = sum, doubt = 1e-5 * others + 1e-9 * sum, likely = 0.0;
+    if (top_p < 1) {
+        const int64_t last = passes(goal);
+        mass = last < 0 ? 0.0 : start + w[last];
+        if (mass - goal < doubt || (start > 0 && goal - start < doubt)) return -1;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (std::fabs(w[i] - min_p) < 1e-12) return -1;
+        likely += w[i] > min_p ? w[i] : 0.0;
+    }
+    mass = std::min(mass, likely), doubt = 1e-9 * mass;
+    const int64_t drawn = passes(number * mass);
+    const double over = number * mass - start;
+    return drawn >= 0 && (start == 0 || over > doubt) && w[drawn] - over > doubt ? ids[drawn] : -1;
+}
+
+// To chosen [3], unless the first is an id already, the likeliest of logits x [v] at temperature 0, else what is drawn by a
+// `number` from 0 to 1, or -1; the logarithm of its probability and of the sum of all exps, rounded to floats. Where a
+// logit is NaN, or the largest infinite, both are NaN and nothing is chosen.
+EXPORT int slotmoe_choose(const float* x, int64_t v, double temperature, double top_p, int64_t top_k, double min_p,
+                          double number, double* chosen) {
+    int64_t id = int64_t(*chosen);
+    if (v < 1 || id >= v) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        int64_t likeliest[1], n = 0;
+        float top;
+        const double others = isa.survey(x, v, 1.0f, 0.0f, 1, likeliest, &n, &top);
+        const bool sound = n > 0 && std::isfinite(top) && !std::isnan(others);
+        if (sound && id < 0 && temperature == 0) id = likeliest[0];
+        if (sound && id < 0 && temperature > 0) id = draw(job, isa, x, v, temperature, top_p, top_k, min_p, number);
+        const float total = sound ? float(std::log(double(n) + others) + top) : NAN;
+        chosen[0] = double(id), chosen[1] = id < 0 ? NAN : x[id] - total, chosen[2] = total;
     });
 }

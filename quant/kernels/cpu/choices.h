@@ -18,8 +18,8 @@ void learn(const float* x, float rate, const float* next, int64_t n, int64_t m, 
     }
 }
 
-// The largest of x [n] to `top`; the places of those that are above a cut so far below it, the first `most` of them, to
-// `ids`, and how many there are; the sum of exp((x - top) * inverse) of the others, within 1e-5 of it.
+// The largest of x [n] to `top`; the places of those that are as large or above a cut so far below it, the first `most`
+// of them, to `ids`, and how many there are; the sum of exp((x - top) * inverse) of the others, within 1e-5 of it.
 double survey(const float* x, int64_t n, float inverse, float reach, int64_t most, int64_t* ids, int64_t* found,
               float* top) {
     alignas(64) float row[16], lanes[16];
@@ -33,7 +33,7 @@ double survey(const float* x, int64_t n, float inverse, float reach, int64_t mos
     Lanes::store(lanes, Lanes::max(a, b));
     *top = lanes[0], *found = 0;
     for (const float lane : lanes) *top = lane > *top ? lane : *top;
-    const F cut = Lanes::broadcast(*top - reach), down = Lanes::broadcast(-*top), by = Lanes::broadcast(inverse);
+    const F cut = Lanes::broadcast(__builtin_fminf(*top - reach, __builtin_nextafterf(*top, -__builtin_inff()))), down = Lanes::broadcast(-*top), by = Lanes::broadcast(inverse);
     double sum = 0.0;
     for (int64_t first = 0; first < n; first += 2048) {  // few terms a lane, which is a float
         F part = Lanes::zero();
