@@ -191,9 +191,6 @@ PARTS = {path.stem: path.read_text().split("barrier();") for path in SHADERS.glo
 BARRIERS = [(name, at) for name, parts in PARTS.items() for at in range(1, len(parts))]
 # So that what is read too early is no address that ends the process: 16 rows use no more tiles.
 TAMED = "tile += taken[before]", "tile += min(taken[before], 1u)"
-# lavapipe gives the same without this one; why was not found, so it stands by reading alone: a lane
-# sums up what others have written behind the last barrier before.
-UNSEEN = {("multiply", 4)}
 
 
 def crowded(loader=None):
@@ -258,4 +255,4 @@ def test_each_barrier_of_a_shader(name, at, tmp_path):
         outcomes.append(crowded(Loader("CreateShaderModule", 0, 0, change)))
     want = usual()
     same = [torch.equal(found, want) for found in outcomes]
-    assert same[0] and all(same) == ((name, at) in UNSEEN)
+    assert same[0] and not all(same)

@@ -195,7 +195,9 @@ void main() {
   }
   uint slot = is_coded ? i % 16u * 8u + i / 16u : i, sums0 = lane * 128u, squares0 = lane * 128u;
   uint first = weights != 0ul ? lane : at / groups, end = weights != 0ul ? (uses + LANES - 1u) / LANES * LANES : first + 1u;
-  for (uint use = first; use < end; use += LANES) {
+  // Loops end below: lavapipe goes through one that ends above once more with no thread, and its barriers hide another's lack.
+  uint use = first;
+  do {
     uint64_t record = 0ul;
     if (p.parts[number].records != 0ul && use < uses) {
       uint expert = Words(p.parts[number].indices).w[TILE == 1u ? z * uses + use : z];
@@ -216,7 +218,8 @@ void main() {
       }
     }
     precise float held[COUNT * RESULTS];
-    for (uint half_ = 0u; half_ <= p.parts[number].pair; half_++) {
+    uint half_ = 0u;
+    do {
       [[unroll]] for (uint c = 0u; c < COUNT * TILE; c++) sum[c] = 0.0;
       uint64_t data = record + p.parts[number].data[half_], scale = p.parts[number].scale[half_];
       if (use < uses) {
@@ -251,7 +254,7 @@ void main() {
           }
         }
       }
-    }
+    } while (half_++ < p.parts[number].pair);
     if (p.parts[number].normed != 0ul && at == 0u) {
       for (uint r = 0u; r < TILE && z * TILE + r < io.count; r++) {
         uint start = (z * TILE + r) * (p.parts[number].x_row / 4u);
@@ -262,7 +265,7 @@ void main() {
         }
       }
     }
-  }
+  } while ((use += LANES) < end);
   barrier();
   if (weights != 0ul && lane == 0u && i < 16u && tile * 16u + i < n) {
     uint place = z * p.parts[number].y_row + tile * 16u + i;
