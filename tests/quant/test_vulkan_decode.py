@@ -258,20 +258,21 @@ def test_the_network(device, name):
     assert max(errors) < relative(floats, halves) and sorted(errors)[2] < 1e-4, errors
 
 
-def test_the_bits_of_a_row(device, v2):
+@pytest.mark.parametrize("name", ["v2", "qwen3"])
+def test_the_bits_of_a_row(device, name):
     """Alone, among others of its and of other sequences, and again; wherever records lie."""
+    one, other = (OnDevice(device, *MODELS[name], far=far) for far in ((1, 3), range(8)))
     turns = [[(0, at) for at in range(8)], [(s, 0) for s in (0, 1, 2)], [(0, 1), (1, 1), (0, 2)]]
     turns.append([(1, 2), (2, 1), (1, 3), (2, 2), (1, 4), (0, 3), (0, 4), (2, 3)])
     texts = [IDS, IDS[::-1], [9] * 8]
     alone = {}
     for number, text in enumerate(texts):
-        cache = v2.cache()
+        cache = one.cache()
         for at, token in enumerate(text):
-            alone[number, at] = v2.run([token], [at], [cache])[0]
-    other = OnDevice(device, CONFIG, far=range(8))
-    for model in (v2, v2, other):
+            alone[number, at] = one.run([token], [at], [cache])[0]
+    for model in (one, one, other):
         caches = [model.cache() for _ in texts]
-        for rows in turns[1:] if model is v2 else turns:
+        for rows in turns[1:] if model is one else turns:
             ids = [texts[s][at] for s, at in rows]
             got = model.run(ids, [at for _, at in rows], [caches[s] for s, _ in rows])
             assert all(map(torch.equal, got, [alone[row] for row in rows]))
