@@ -12,6 +12,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TypedDict
@@ -238,11 +239,11 @@ class Tokenizer:
         self.eos_token = self._spellings["eos_token"]
         added, vocabulary = self._backend.get_added_tokens_decoder(), self._backend.get_vocab()
         self.special = {id_ for id_, token in added.items() if token.special}
-        self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        self.is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         spelled = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
         ids = {vocabulary[name]: name for name in spelled.keys() & vocabulary.keys()}
         self._bytes = {id_: spelled[n] for id_, n in ids.items() if self.decode([id_]) != n}
-        self._known = dict[int, bytes]()  # what byte-level tokens have added to some text
+        self.token_bytes = lru_cache(1 << 16)(self._token_bytes)
         self.size = max(vocabulary.values(), default=-1) + 1
         if self.size > (most := min(rows + _SPARE_IDS, MAX_TOKENIZER_VALUES)):
             problem = f"has the token id {self.size - 1}; the model's {rows} rows allow {most - 1}"
@@ -292,17 +293,10 @@ class Tokenizer:
         """A token as the tokenizer has it."""
         return self._backend.id_to_token(token_id)  # type: ignore[return-value]
 
-    def token_bytes(self, token_id: int, before: int | None = None) -> bytes:
+    def _token_bytes(self, token_id: int, before: int | None = None) -> bytes:
         """The bytes that a token adds to a text, as its first or behind the token ``before``; none
         for a special one.  Bytes of part of a character, which have no text, are those of
         byte-level BPE or of a byte token like ``<0xE2>``."""
-        if (known := self._known.get(token_id)) is None:
-            known = self._added(token_id, before)
-            if self._is_byte_level and token_id not in self._bytes:
-                self._known[token_id] = known
-        return known
-
-    def _added(self, token_id: int, before: int | None) -> bytes:
         text, byte = self.decode([token_id]), self._bytes.get(token_id)
         if byte is not None and (before is not None or REPLACEMENT in text):
             return byte
@@ -310,7 +304,7 @@ class Tokenizer:
             spelled = self.spelling(token_id)
             if all(character in _BYTE_LEVEL for character in spelled):
                 return bytes(_BYTE_LEVEL[character] for character in spelled)
-        if before is None or self._is_byte_level:
+        if before is None or self.is_byte_level:
             return text.encode()
         # Others write what is between two words with the second one.
         return self.decode([before, token_id])[len(self.decode([before])) :].encode()
@@ -393,7 +387,8 @@ class TextStream:
         if token_id in self._tokenizer.special:
             return ""
         added = self._tokenizer.token_bytes(token_id, self._before)
-        self._before = token_id
+        if not self._tokenizer.is_byte_level:
+            self._before = token_id
         if self.complete and added.isascii():  # as most often
             return added.decode()
         text = self._characters.decode(added)

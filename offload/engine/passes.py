@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -257,12 +258,8 @@ class Passes:
     def _run(self, rows: Sequenced[Row], prompts: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
         model, network = self._model, self._model.network
-        tokens, counts, states = list[int](), list[int](), list[SequenceState]()
-        for row in rows:
-            tokens += row.ids
-            tokens += row.draft
-            counts.append(len(row.ids) + len(row.draft))
-            states.append(row.sequence.state)
+        ids, states = [row.ids + row.draft for row in rows], [row.sequence.state for row in rows]
+        counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
         memory_T, written_T = self._ids(len(tokens))
         written_T[:] = tokens  # type: ignore[assignment]
         ids_T = model.device.upload(memory_T)

@@ -87,14 +87,16 @@ class NativeDecoder:
         for cache, count in zip(chunk.caches, chunk.counts, strict=True):
             caches += [cache] * count
             positions += range(cache.length, cache.length + count)
-        if len(self._positions) != len(positions):
+        if (T := len(positions)) != len(self._positions):
             self._positions = int64s(positions)
         self._positions[:] = positions  # type: ignore[assignment]
+        if chunk.ids_T is not self._ids_T:
+            self._ids_T, self._ids_at = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
         tokens, slab = self._tokens(chunk, caches, positions), self._bind(table.records)
         if slots_ME is not self._slots_ME:
             address(slots_ME, torch.int32, sizes["M"], sizes["E"])
             self._slots_ME = slots_ME
-        T, f32, H, Q = len(positions), torch.float32, sizes["H"], sizes["Q"]
+        f32, H, Q = torch.float32, sizes["H"], sizes["Q"]
         gives = Q == 1 and T <= _ENDED
         if T > 1 or (results := self._results.get(asked)) is None:
             shapes = (T, sizes["X"]), (asked + 1, T, H), (T, sizes["K"]), (gives * T, sizes["V"])
@@ -146,13 +148,7 @@ class NativeDecoder:
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        return self._bound(None, scaled, *rows, *keys, lists, self._ids(chunk, T), None, *delta)
-
-    def _ids(self, chunk: border.Chunk, T: int) -> int | None:
-        """The address of the tokens' ids, which often lie where they did."""
-        if chunk.ids_T is not self._ids_T:
-            self._ids_T, self._ids_at = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
-        return self._ids_at
+        return self._bound(None, scaled, *rows, *keys, lists, self._ids_at, None, *delta)
 
     def _bound(self, *given: object) -> ctypes.Structure:
         """The tokens at their positions, as they were where the rest is."""
@@ -184,7 +180,7 @@ class NativeDecoder:
         return self._bound(
             None,
             *(address(chunk.query_scale_T, torch.float32, T), *rows, *NO_STORE, None),
-            self._ids(chunk, T),
+            self._ids_at,
             address(chunk.compressed_rope_TC, c64, T, C),
             *NO_DELTA,
             *groups,
@@ -194,7 +190,7 @@ class NativeDecoder:
         self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
-        caches, T = cast(Sequence[GroupedCache], states), len(positions)
+        caches = cast(Sequence[GroupedCache], states)
         rows = keys = NO_STORE
         if self._layers.rows[0]:
             rows = self._rows.bound([cache.rows for cache in caches], positions)
@@ -202,7 +198,7 @@ class NativeDecoder:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        return self._bound(None, None, *rows, *keys, None, self._ids(chunk, T), None, *delta)
+        return self._bound(None, None, *rows, *keys, None, self._ids_at, None, *delta)
 
     def _delta(
         self, states: Sequence[SequenceState], positions: Sequence[int]
