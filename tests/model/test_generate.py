@@ -85,7 +85,7 @@ def test_what_is_forbidden_is_never_drawn():
 
 @pytest.mark.parametrize(
     "limits",
-    [{"top_p": 0.95}, {"top_p": 0.6, "min_p": 0.05}, {"top_k": 20}, {"top_k": 9, "top_p": 0.9}],
+    [{"top_p": 0.95}, {"top_p": 0.6, "min_p": 0.05}, {"top_k": 99}, {"top_k": 9, "top_p": 0.9}],
 )
 @needs_native
 def test_kernels_draw_what_is_drawn_without_them(limits, monkeypatch):
@@ -110,7 +110,7 @@ def test_kernels_draw_what_is_drawn_without_them(limits, monkeypatch):
                 found.append(sample(values, Sampling(), draws))
     for (id, *logs), (other, *others) in zip(*drawn, strict=True):
         assert id == other and logs == pytest.approx(others, abs=1e-5)
-    assert certain.count(-1) < len(certain) / 5
+    assert certain.count(-1) <= len(certain) / 50, (certain.count(-1), len(certain))
     for values in (logits * torch.nan, logits.where(logits < 0, torch.inf)):
         for limits in ((1.0, 0.9, 0, 0.0, 0.5), (0.0, 1.0, 0, 0.0, 0.0)):
             assert choose(values, limits)[0] == -1

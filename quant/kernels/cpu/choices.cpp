@@ -186,11 +186,16 @@ static int64_t draw(Job& job, const Isa& isa, const float* x, int64_t v, double 
     int64_t *ids = job.scratch<int64_t>(kOrder, kLikely), *places = job.scratch<int64_t>(kLists, kLikely), n = 0;
     double *w = job.scratch<double>(kScores, kLikely), masses[kSteps], others, sum = 0.0, start = 0.0, goal = 1.0;
     float top;
+    bool all = false;
     const auto likelier = [&](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
-    const auto step = [&](int64_t id) { return int64_t(double(top - x[id]) / temperature * (kSteps / 16)); };
+    const auto step = [&](int64_t id) {
+        return int64_t(std::min(double(top - x[id]) / temperature * (kSteps / 16), double(kSteps - 1)));
+    };
     if (!(counts || top_p < 1)) return -1;
-    for (double reach = 6; sum <= goal; reach += 3) {  // e^-reach is the least of what is likely
-        if (reach > 15) return -1;
+    // e^-reach is the least of what is likely, or all are.
+    for (double reach = 6; sum <= goal; reach = reach < 15 ? reach + 3 : INFINITY) {
+        if (all) return -1;
+        all = std::isinf(reach);
         others = isa.survey(x, v, float(1 / temperature), float(reach * temperature), kLikely, ids, &n, &top);
         if (n < 1 || n > kLikely || std::isnan(others)) return -1;
         if (counts && n < top_k) continue;
@@ -219,7 +224,7 @@ static int64_t draw(Job& job, const Isa& isa, const float* x, int64_t v, double 
         if (mass - goal < doubt || (start > 0 && goal - start < doubt)) return -1;
     }
     for (int64_t i = 0; i < n; i++) {
-        if (std::fabs(w[i] - min_p) < 1e-12) return -1;
+        if (min_p > 0 && std::fabs(w[i] - min_p) < 1e-12) return -1;
         likely += w[i] > min_p ? w[i] : 0.0;
     }
     mass = std::min(mass, likely), doubt = 1e-9 * mass;
