@@ -352,7 +352,9 @@ def test_a_prediction_counts_what_no_shorter_text_spares():
     plan = plan_of(config, 8 * GIB, context=2048)
     make = lambda shape, dtype: empty(*shape, dtype=dtype)  # noqa: E731
     state = new_state(config, 2048, KERNELS["native"], make, plan.marks)
+    before = state.used_bytes
     state.begin(2048)
+    assert state.used_bytes == before + state.saved_bytes(0, 2048)
     held = state.used_bytes + 4 * state.snapshot_bytes(2047)
     predicted = advice.predicted_components(plan, 2048, 0)["KV cache"]["ram"]
     assert predicted == pytest.approx(held, rel=1e-4)
