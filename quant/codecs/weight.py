@@ -36,10 +36,6 @@ class CodedWeight:
         names = {torch.uint8: ("i4", "i8"), torch.float16: ("f16", "f16x2")}
         return KINDS[bits, names.get(self.scales.dtype, ("", "e8m0"))[self.scales.shape[2] > TILE]]
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes + self.levels.nbytes
-
     def rows(self, start: int, stop: int) -> "CodedWeight":
         """Rows ``start`` (a multiple of 16) to ``stop``, as a view."""
         tiles = slice(start // TILE, -(-stop // TILE))
@@ -165,10 +161,6 @@ class Int8Weight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.q.nbytes + self.scale.nbytes
 
     def rows(self, start: int, stop: int) -> "Int8Weight":
         """Rows ``start`` to ``stop``, as a view."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, KEPT_CODECS, MXFP4, NF4
-from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
+from slotmoe.quant.codecs.encode import NotFiniteError, nf4_by_torch, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, pack, unpack
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
@@ -273,6 +273,7 @@ def test_quantize_nf4(kernels, shape, seed, dtype, scale):
     scales = scales[:, ::64]
     with np.errstate(under="ignore"):
         assert (scales[:n] == want_absmax.astype(np.float16)).all() and (scales[n:] == 0).all()
+    assert all(map(torch.equal, nf4_by_torch(source), (codes, absmax)))
 
 
 @quick

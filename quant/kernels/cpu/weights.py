@@ -96,10 +96,6 @@ class Matrix(Bound):
         """Whether it is int8 or coded."""
         return self.kind < _DENSE
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
     def like(self, other: "Matrix") -> bool:
         """Whether both are of one kind, and of one table of levels."""
         levels = zip(self.tensors[2:], other.tensors[2:], strict=True)
