@@ -199,7 +199,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
     def check_finite(self, name: str, data: torch.Tensor) -> None:
         """Raise ``CheckpointError`` if ``data`` of tensor ``name`` holds NaN or infinity."""
-        if not torch.isfinite(data).all():
+        if not torch.stack(data.aminmax()).isfinite().all():  # a tenth of the time for each
             problem = f"{name} holds NaN or infinite weights; the file is damaged"
             raise CheckpointError(f"{self.infos[name].path}: {problem}")
 

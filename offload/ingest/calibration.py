@@ -23,6 +23,7 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.border import Chunk, Pending
@@ -30,12 +31,19 @@ from slotmoe.errors import ConfigError, reading
 from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
-from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
+from slotmoe.model.names import (
+    EMBEDDING,
+    expert_name,
+    expert_shapes,
+    resident_shapes,
+    role_of,
+    split_name,
+)
 from slotmoe.model.network import Positions
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.output_dir import STREAM, Resumption
 from slotmoe.quant.backends.base import Prepared, TorchBackend, activated
-from slotmoe.quant.codecs.encode import Hessian
+from slotmoe.quant.codecs.encode import Hessian, fast_products
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
 from slotmoe.quant.shapes import Activation
@@ -43,7 +51,10 @@ from slotmoe.state import plain_row
 
 MIN_TOKENS, MAX_TOKENS = 5000, 1 << 16  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
+_GRAIN = 256  # an expert's tokens are filled up to a multiple of this
+_WAY = 2  # of making codes: what was begun or made in another way is not gone on with
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
+_MATRICES = ("matrix", "sensitive", "absorbed")  # roles of weights that products are made with
 Windows = Sequence[Sequence[int]]
 
 
@@ -86,10 +97,11 @@ def chosen(windows: Windows, vocab_size: int) -> list[list[int]]:
 
 
 def fingerprint(windows: Windows | None) -> str | None:
-    """What names the text in the state of a run."""
+    """What names the text, and how codes are made with it, in the state of a run."""
     if windows is None:
         return None
-    return hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()
+    named = [_WAY, *map(list, windows)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 class _Tap(TorchBackend):
@@ -105,7 +117,8 @@ class _Tap(TorchBackend):
                 self.sums[name], self.counts[name] = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1]), 0
             self.sums[name].addmm_(x_TK.t(), x_TK)
             self.counts[name] += len(x_TK)
-        return super().linear(x_TK, weight)
+        assert isinstance(weight, Tensor)
+        return F.linear(x_TK.to(weight.dtype), weight).float()
 
 
 class Calibration:
@@ -131,6 +144,7 @@ class Calibration:
         self._ids = [token for window in windows for token in window]
         self._lengths = list(map(len, windows))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._compute = fast_products(self._device)
         where, backend = torch.empty(0, device=self._device), TorchBackend()
         self._positions = Positions(self._config, where, backend)
         self._first = self._resumed(min(needed, default=0))
@@ -156,7 +170,7 @@ class Calibration:
     def announcement(self) -> str:
         """What will be done and how long it takes, by a measurement of a product."""
         c, tokens, size = self._config, len(self._ids), 1024
-        a, b = torch.ones(2, size, size, device=self._device)
+        a, b = torch.ones(2, size, size, dtype=self._compute, device=self._device)
         seconds = timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=3)
         rate = 2 * size**3 / min(seconds)
         expert = 3 * c.hidden_size * c.moe_intermediate_size
@@ -213,8 +227,21 @@ class Calibration:
             replace_file(self._path, data)
             self._state.layer, self._state.stream = layer, checksum(data)
             self._state.save(self._path.parent)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(
+            "highest" if self._compute is torch.float32 else "medium"
+        )
+        try:
+            return self._through(layer)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _through(self, layer: int) -> dict[str, Hessian]:
         names = [name for name in resident_shapes(self._config) if split_name(name)[0] == layer]
-        weights = {name: self._tensor(name) for name in names}
+        weights = {
+            name: self._tensor(name, self._compute if role_of(name) in _MATRICES else torch.float32)
+            for name in names
+        }
         # An MLP's up projection sees what its gate projection sees.
         tapped = (name for name in names if name in self._wanted and "up_proj" not in name)
         tap = _Tap({id(weights[name]): name for name in tapped}, self._config.activation)
@@ -251,23 +278,28 @@ class Calibration:
         into = Hessian(weighted_TD.t() @ weighted_TD / indices_TK.numel())
         del weighted_TD
         routed_TD = torch.zeros_like(x_TD)
+        x_TD, weights_TK = x_TD.to(self._compute), weights_TK.to(self._compute)
         hessians, downs = dict[str, Hessian](), list[str]()
         sums, counts = [], []
         for expert in range(self._config.n_routed_experts):
             token_U, rank_U = (indices_TK == expert).nonzero(as_tuple=True)
-            weight_U1 = weights_TK[token_U, rank_U, None]
+            # Filled up by tokens of weight 0, for products of each new size are prepared for long.
+            count, rest = len(token_U), (0, -len(token_U) % _GRAIN)
+            weight_U1 = F.pad(weights_TK[token_U, rank_U], rest)[:, None]
+            token_U = F.pad(token_U, rest)
             names = self._names(layer, expert)
-            gate_ID, up_ID, down_DI, *biases = map(self._tensor, names)
+            gate_ID, up_ID, down_DI, *biases = (self._tensor(name, x_TD.dtype) for name in names)
             x_UD = x_TD[token_U]
             gate_UI, up_UI = x_UD @ gate_ID.t(), x_UD @ up_ID.t()
             if biases:
                 gate_UI, up_UI = gate_UI + biases[0], up_UI + biases[1]
             act_UI = activated(gate_UI, up_UI, self._config.activation) * weight_U1
-            routed_TD.index_add_(0, token_U, act_UI @ down_DI.t())
+            routed_TD.index_add_(0, token_U, (act_UI @ down_DI.t()).float())
             if biases:
-                routed_TD.index_add_(0, token_U, biases[2] * weight_U1)
+                routed_TD.index_add_(0, token_U, (biases[2] * weight_U1).float())
+            act_UI = act_UI.float()
             sums.append(act_UI.t() @ act_UI)
-            counts.append(len(token_U))
+            counts.append(count)
             self._advance(sum(self._checkpoint.infos[name].nbytes for name in names))
             hessians |= dict.fromkeys(names[:2], into)
             downs.append(names[2])
@@ -279,8 +311,8 @@ class Calibration:
     def _names(self, layer: int, expert: int) -> list[str]:
         return [expert_name(layer, expert, name) for name in expert_shapes(self._config)]
 
-    def _tensor(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name).to(self._device, torch.float32)
+    def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self._checkpoint.tensor(name).to(self._device, dtype)
 
 
 def _shrunk(sums: Sequence[Tensor], counts: Sequence[int]) -> Iterator[Tensor]:

@@ -57,7 +57,7 @@ class Coder:
         else:
             if kind.learned:
                 kind = replace(kind, levels=tuple(self.levels[kind.name]))
-            measured = name in self.hessians and bool(piece.isfinite().all())
+            measured = name in self.hessians and bool(torch.stack(piece.aminmax()).isfinite().all())
             hessian = self.hessians[name] if measured else None
             try:
                 codes, scales, weighted = encode.quantize_lut(piece, kind, hessian)
@@ -111,7 +111,9 @@ def learn_levels(
             N, K = checkpoint.infos[name].shape
             count = max(1, min(N, _SAMPLED // _MATRICES // K))
             piece = checkpoint.rows(name, (N - count) // 2, (N + count) // 2).float()
-            if bool(piece.isfinite().all()):  # else its own quantization says what is wrong
+            if bool(
+                torch.stack(piece.aminmax()).isfinite().all()
+            ):  # else its own quantization says what is wrong
                 pieces.append(piece)
         start = torch.tensor(kind.levels, dtype=torch.float32)
         learned = encode.learn_levels(pieces, start, SCALES[kind.scales].block)

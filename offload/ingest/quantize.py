@@ -213,7 +213,8 @@ class _Job:
             self._text = None
         elif any(name not in COPIED for name in damaged) and wanted != fingerprint(self._text):
             problem = f"{min(damaged)} is damaged, and was coded with a calibration text"
-            advice = "pass the same --calibrate files to make it again, or --overwrite"
+            advice = "pass the same --calibrate files (to an older slotmoe, if that made it), or"
+            advice += " --overwrite"
             raise ExportError(f"{destination}: {problem}; {advice}")
         for name, problem in damaged.items():
             if (destination / name).is_dir():

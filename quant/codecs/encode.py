@@ -11,19 +11,19 @@ in the same order, so they give the same bytes.
 With calibration codes and scales have the least ``tr (W - Q) H (W - Q)^T``, where H is the mean of
 ``x x^T`` over the inputs x that a matrix met on a text.  First error feedback, as in GPTQ (arXiv
 2210.17323): columns are rounded in order, and what a column loses is made up for by those behind
-it.  Then rounds of coordinate descent: each block's scale, then each of its codes takes its best
-value while all others stay.  That only ever lowers the error.  The rounding inside a block runs in
-the native kernels where there are any, all else is matrix products of torch, on any device.
-Products sum up in an order that belongs to a machine, so codes may differ between machines; on one
-machine they are the same each time.  These matrices stand on end, [K, N], so that a row's block is
-a column of 16 lanes.
+it.  Then coordinate descent: each block's scale, then each of its codes takes its best value while
+all others stay.  That only ever lowers the error.  ``_TOGETHER`` columns are worked on by native
+kernels where there are any; what all others left comes to them by one product of torch, in bfloat16
+where that is fast.  Products sum up in an order that belongs to a machine, so codes may differ
+between machines; on one machine they are the same each time.  In ``q`` matrices stand on end,
+[K, N], so that a row's block is a column of 16 lanes.
 
 Shape legend: N rows out, K columns in, padded to blocks; L levels, B columns that share a scale, X
-blocks of a row.
+blocks of a row; S columns that are worked on together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,16 +114,16 @@ class WholeScales:
     factor of the row; the largest of ``scales`` [N, X] gets the largest integer."""
 
     def __init__(self, scales_NX: Tensor, most: int):
-        self._most, self._factor_N1 = most, scales_NX.abs().amax(-1, keepdim=True) / most
-        self._divisor_N1 = torch.where(self._factor_N1 > 0, self._factor_N1, 1.0)
+        self.most, self.factor_N1 = most, scales_NX.abs().amax(-1, keepdim=True) / most
+        self._divisor_N1 = torch.where(self.factor_N1 > 0, self.factor_N1, 1.0)
 
     def _whole(self, scales: Tensor) -> Tensor:
         whole = (scales.reshape(len(scales), -1) / self._divisor_N1).round()
-        return whole.clamp(-self._most, self._most)
+        return whole.clamp(-self.most, self.most)
 
     def round(self, scales: Tensor) -> Tensor:
         """The nearest that can be stored: of one block [N], or of all, [N, X]."""
-        return (self._whole(scales) * self._factor_N1).view(scales.shape)
+        return (self._whole(scales) * self.factor_N1).view(scales.shape)
 
     def stored(self, scales_NX: Tensor) -> Tensor:
         """The scale tensor, uint8, as ``SCALES`` has it.  Raises ``NotFiniteError``."""
@@ -132,10 +132,10 @@ class WholeScales:
         whole = self._whole(scales_NX).to(torch.int8)
         blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
         bytes_, width = blocks.view(torch.uint8), 2 * TILE
-        if self._most < 8:
+        if self.most < 8:
             first, last = bytes_.view(len(blocks), -1, 2, TILE).unbind(2)
             bytes_, width = first & 15 | last << 4, TILE
-        parts = self._factor_N1.view(-1, TILE).view(torch.uint8), bytes_
+        parts = self.factor_N1.view(-1, TILE).view(torch.uint8), bytes_
         return torch.cat([part.reshape(len(blocks), -1, width) for part in parts], dim=1)
 
 
@@ -265,9 +265,11 @@ def _blocks(rows_NK: Tensor, block: int) -> Tensor:
     return padded.view(N, -1, block)
 
 
-ROUNDS = 3  # of coordinate descent
+ROUNDS = 1  # of coordinate descent; two more gain less than a hundredth of the divergence
 _ROOM = 1.25  # feedback makes scales larger than the best ones without it
 _DAMPING = 0.01  # of H's mean diagonal, added to the diagonal
+_TOGETHER = 128  # columns whose change reaches all others by one product
+MEASURED = 8  # of so many rows one's error counts in a report
 
 
 class NotPositiveError(ValueError):
@@ -288,18 +290,17 @@ class Hessian:
         if not bool(mean.isfinite().all()) or not bool(diagonal > 0):
             raise NotPositiveError
         pad = -len(mean) % BLOCK
-        padded = F.pad(mean, (0, pad, 0, pad))
-        extra = torch.full((len(padded),), _DAMPING, device=mean.device)
-        extra[len(mean) :] = 1e-6  # what is filled up has no say
-        damped: Tensor = padded + torch.diag(extra * diagonal)
+        damped = F.pad(mean, (0, pad, 0, pad))
+        damped.diagonal()[: len(mean)] += _DAMPING * diagonal
+        damped.diagonal()[len(mean) :] = 1e-6 * diagonal  # what is filled up has no say
         return damped
 
     @cached_property
     def factor(self) -> Tensor:
-        """Upper triangular U with ``damped^-1 = U^T U``, float32."""
-        lower = torch.linalg.cholesky(self.damped.double())
-        upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        return upper.float()
+        """Lower triangular L with ``damped = L^T L``, float32."""
+        flipped = self.damped.double().flip(0, 1)
+        factor: Tensor = torch.linalg.cholesky(flipped, upper=True).flip(0, 1).float()
+        return factor
 
 
 def quantize_lut(
@@ -312,106 +313,119 @@ def quantize_lut(
     if hessian is None:
         codes_NK, scales, squares = *_encode(weight_NK, levels_L, coding), None
     else:
-        codes_NK, scales, squares = _calibrated(weight_NK, hessian, levels_L, coding)
+        codes_NK, scales, squares = _State(weight_NK, hessian, levels_L, coding).result()
     return pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits), scales.cpu(), squares
 
 
-def _calibrated(
-    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, coding: Scales
-) -> tuple[Tensor, Tensor, tuple[float, float]]:
-    """Codes on the CPU, the rest on the device of ``hessian``."""
-    N, K = weight_NK.shape
-    H_KK = hessian.damped
-    w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
-    state = _State(w_KN, hessian, levels_L.to(H_KK), coding)
-    state.feed_back()
-    wanted_KN = H_KK @ w_KN
-    gradient_KN = wanted_KN - H_KK @ state.q_KN
-    for _ in range(ROUNDS):
-        state.descend(gradient_KN)
-    scales_XN = torch.stack(state.scales)
-    units = state.q_KN.unflatten(0, (-1, coding.block)) * inverse_or_zero(scales_XN)[:, None]
-    codes_NK = nearest(units, state.levels_L).flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
-    error = ((w_KN - state.q_KN) * gradient_KN).sum(dtype=torch.float64).item()
-    square = (w_KN * wanted_KN).sum(dtype=torch.float64).item()
-    return codes_NK, state.coding.stored(scales_XN.t().contiguous()), (error, square)
+def fast_products(device: torch.device) -> torch.dtype:
+    """What large products are made of where float32's bits do not matter."""
+    is_fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 class _State:
-    """A matrix on its way: what its codes stand for, ``q``, and its scales by block."""
+    """A matrix on its way, on the Hessian's device: what its codes stand for, ``q``, what these
+    leave of it, and its scales."""
 
-    def __init__(self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, coding: Scales):
-        self._native = bindings.load() if w_KN.is_cpu else None
-        self._w_KN, self._hessian, block = w_KN, hessian, coding.block
-        self.levels_L, self._starts = levels_L, starts_of(levels_L).to(levels_L)
-        self._spans = [slice(at, at + block) for at in range(0, len(w_KN), block)]
-        diagonal = hessian.damped.diagonal()
-        first = [self._fit(w_KN[span], diagonal[span]) for span in self._spans]
-        self.coding = WholeScales(_ROOM * torch.stack(first, dim=-1), coding.most)
-        self.q_KN = torch.empty_like(w_KN)
-        self.scales: list[Tensor] = []
+    def __init__(self, weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, coding: Scales):
+        (N, K), H_KK, block = weight_NK.shape, hessian.damped, coding.block
+        self._native = bindings.load() if H_KK.is_cpu else None
+        self._hessian, self._block, self._levels_L = hessian, block, levels_L.to(H_KK)
+        self._starts = starts_of(levels_L).to(H_KK)
+        self._weight_NK = F.pad(weight_NK.to(H_KK.device), (0, len(H_KK) - K, 0, -N % TILE))
+        self._left_NK = torch.empty_like(self._weight_NK, dtype=fast_products(H_KK.device))
+        self._q_KN = H_KK.new_empty(len(H_KK), len(self._weight_NK))
+        self._scales_XN = H_KK.new_empty(len(H_KK) // block, len(self._weight_NK))
+        # The largest scale of a row belongs to the block with its largest weight.
+        blocks_NXB = self._weight_NK.cpu().unflatten(1, (-1, block))
+        largest_N = blocks_NXB.abs().amax(2).argmax(1)
+        largest_NB = blocks_NXB[torch.arange(len(largest_N)), largest_N]
+        first_N1 = fit_scales(largest_NB, torch.ones(block), levels_L, block).to(H_KK)
+        self._coding = WholeScales(_ROOM * first_N1, coding.most)
 
-    def _fit(self, x_BN: Tensor, importance_B: Tensor) -> Tensor:
-        importance_B = importance_B.contiguous()
-        if self._native is not None:
-            return self._native.fit_columns(x_BN, importance_B, self.levels_L, self._starts)
-        return fit_blocks(x_BN.t(), importance_B, self.levels_L, self._starts)
+    def result(self) -> tuple[Tensor, Tensor, tuple[float, float]]:
+        """Codes [N, K], stored scales, and sums of squares of the error and of the weights."""
+        self._feed_back()
+        for _ in range(ROUNDS):
+            self._descend()
+        levels_L, codes = self._levels_L.cpu(), list[Tensor]()
+        scales_XN = self._scales_XN.split(_TOGETHER // self._block)
+        for q_SN, some_XN in zip(self._q_KN.split(_TOGETHER), scales_XN, strict=True):
+            q_NS, some_NX = (x.t().contiguous().cpu() for x in (q_SN, some_XN))
+            codes.append(assign(q_NS, some_NX, levels_L, self._block))
+        H_KK = self._hessian.damped.to(self._left_NK)
+        some = (x_NK[::MEASURED].to(H_KK) for x_NK in (self._left_NK, self._weight_NK))
+        error, square = ((x @ H_KK).float().mul_(x).sum().item() for x in some)
+        stored = self._coding.stored(self._scales_XN.t().contiguous())
+        return torch.cat(codes, dim=1), stored, (error, square)
 
-    def feed_back(self) -> None:
+    def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Columns that see by one product what all others left, with weights, ``q`` and scales."""
+        count = _TOGETHER // self._block
+        parts = self._q_KN.split(_TOGETHER), self._scales_XN.split(count)
+        for index, (q_SN, scales_XN) in enumerate(zip(*parts, strict=True)):
+            columns = slice(index * _TOGETHER, index * _TOGETHER + len(q_SN))
+            w_SN = self._weight_NK[:, columns].t().float().contiguous()
+            yield columns, w_SN, q_SN, scales_XN
+            self._left_NK[:, columns] = (w_SN - q_SN).t()
+
+    def _seen(self, by_SK: Tensor) -> Tensor:
+        """The product of rows, as long as the columns that count, with what these left."""
+        left_NK = self._left_NK[:, : by_SK.shape[1]]
+        return (left_NK @ by_SK.to(left_NK.dtype).t()).t().float().contiguous()
+
+    def _feed_back(self) -> None:
         """Round all columns in order."""
-        u_KK, w_KN = self._hessian.factor, self._w_KN.clone()
-        for span in self._spans:
-            u_BB = u_KK[span, span].contiguous()
-            scale_N = self.coding.round(self._fit(w_KN[span], u_BB.diagonal() ** -2))
-            q_BN, error_BN = self._round(w_KN[span], u_BB, scale_N)
-            self.q_KN[span] = q_BN
-            self.scales.append(scale_N)
-            w_KN[span.stop :].addmm_(u_KK[span, span.stop :].t(), error_BN, alpha=-1)
+        l_KK, levels_L, round_ = self._hessian.factor, self._levels_L, self._coding.round
+        sizes = {"B": self._block, "M": self._coding.most}
+        for columns, w_SN, q_SN, scales_XN in self._parts():
+            l_SS = l_KK[columns, columns]
+            u_SS = torch.linalg.inv(l_SS).t().contiguous()
+            x_SN = w_SN + u_SS.t() @ self._seen(l_KK[columns, : columns.start])
+            if self._native is not None:
+                given = x_SN, u_SS, self._coding.factor_N1.flatten(), levels_L, self._starts
+                self._native.feed_back.results(*given, scales_XN, q_SN, **sizes)
+                continue
+            for j, x_N in enumerate(x_SN):
+                if j % self._block == 0:
+                    span = slice(j, j + self._block)
+                    importance_B = l_SS[span, span].diagonal().square()
+                    scale_N = fit_blocks(x_SN[span].t(), importance_B, levels_L, self._starts)
+                    scales_XN[j // self._block] = scale_N = round_(scale_N)
+                q_SN[j] = levels_L[nearest(x_N * inverse_or_zero(scale_N), levels_L)] * scale_N
+                x_SN[j + 1 :] -= u_SS[j, j + 1 :, None] * ((x_N - q_SN[j]) / u_SS[j, j])
 
-    def descend(self, gradient_KN: Tensor) -> None:
-        """One round over all blocks; ``gradient``, H (W - Q), follows."""
-        H_KK = self._hessian.damped
-        for index, span in enumerate(self._spans):
-            h_BB, before_BN = H_KK[span, span].contiguous(), self.q_KN[span].clone()
-            gradient_BN, scale_N = gradient_KN[span].clone(), self.scales[index]
-            # A better scale for the codes as they are.
-            values_BN = before_BN * inverse_or_zero(scale_N)
-            pull_BN = h_BB @ values_BN
-            slope_N = (values_BN * gradient_BN).sum(0)
-            curve_N = (values_BN * pull_BN).sum(0)
-            new_N = self.coding.round(scale_N + slope_N * inverse_or_zero(curve_N))
-            step_N = new_N - scale_N
-            gains = (step_N * (step_N * curve_N - 2 * slope_N) < 0) & (new_N != 0)
-            self.scales[index] = scale_N = torch.where(gains, new_N, scale_N)
-            step_N = torch.where(gains, step_N, 0.0)
-            gradient_BN -= pull_BN * step_N
-            q_BN = torch.where(gains, values_BN * scale_N, before_BN)
-            self._improve(q_BN, gradient_BN, h_BB, scale_N)
-            self.q_KN[span] = q_BN
-            gradient_KN.addmm_(H_KK[:, span], q_BN - before_BN, alpha=-1)
+    def _descend(self) -> None:
+        """One round over all blocks: a better scale if there is one, then better codes."""
+        H_KK, levels_L = self._hessian.damped, self._levels_L
+        sizes = {"B": self._block, "M": self._coding.most}
+        for columns, _, q_SN, scales_XN in self._parts():
+            h_SS, gradient_SN = H_KK[columns, columns].contiguous(), self._seen(H_KK[columns])
+            if self._native is not None:
+                given = gradient_SN, h_SS, self._coding.factor_N1.flatten(), levels_L
+                self._native.descend.results(*given, scales_XN, q_SN, **sizes)
+                continue
+            for j in range(len(q_SN)):
+                if j % self._block == 0:
+                    span = slice(j, j + self._block)
+                    scale_N = self._rescale(q_SN[span], gradient_SN, h_SS[:, span], span, scales_XN)
+                wanted_N = q_SN[j] + gradient_SN[j] / h_SS[j, j]
+                new_N = levels_L[nearest(wanted_N * inverse_or_zero(scale_N), levels_L)] * scale_N
+                gradient_SN[j + 1 :] -= h_SS[j, j + 1 :, None] * (new_N - q_SN[j])
+                q_SN[j] = new_N
 
-    def _round(self, x_BN: Tensor, u_BB: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-        """What a block's codes stand for, and its errors in units of u's diagonal."""
-        levels_L = self.levels_L
-        if self._native is not None:
-            q, errors = self._native.feed_back.results(x_BN, u_BB, scale_N, levels_L)
-            return q, errors
-        x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
-        q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
-        for j in range(len(x_BN)):
-            q_BN[j] = levels_L[nearest(x_BN[j] * inverse_N, levels_L)] * scale_N
-            error_BN[j] = (x_BN[j] - q_BN[j]) / u_BB[j, j]
-            x_BN[j + 1 :] -= u_BB[j, j + 1 :, None] * error_BN[j]
-        return q_BN, error_BN
-
-    def _improve(self, q_BN: Tensor, gradient_BN: Tensor, h_BB: Tensor, scale_N: Tensor) -> None:
-        """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
-        levels_L, inverse_N = self.levels_L, inverse_or_zero(scale_N)
-        if self._native is not None:
-            self._native.descend.results(gradient_BN, h_BB, scale_N, levels_L, q_BN)
-            return
-        for j in range(len(q_BN)):
-            wanted_N = q_BN[j] + gradient_BN[j] / h_BB[j, j]
-            new_N = levels_L[nearest(wanted_N * inverse_N, levels_L)] * scale_N
-            gradient_BN[j + 1 :] -= h_BB[j, j + 1 :, None] * (new_N - q_BN[j])
-            q_BN[j] = new_N
+    def _rescale(
+        self, q_BN: Tensor, gradient_SN: Tensor, h_SB: Tensor, span: slice, scales_XN: Tensor
+    ) -> Tensor:
+        """The block's scale, a better one if there is one; ``q`` and the gradient follow."""
+        scale_N = scales_XN[span.start // self._block]
+        values_BN = q_BN * inverse_or_zero(scale_N)
+        pull_SN = h_SB @ values_BN
+        slope_N = (values_BN * gradient_SN[span]).sum(0)
+        curve_N = (values_BN * pull_SN[span]).sum(0)
+        new_N = self._coding.round(scale_N + slope_N * inverse_or_zero(curve_N))
+        step_N = new_N - scale_N
+        gains = (step_N * (step_N * curve_N - 2 * slope_N) < 0) & (new_N != 0)
+        gradient_SN -= pull_SN * torch.where(gains, step_N, 0.0)
+        q_BN.copy_(torch.where(gains, values_BN * new_N, q_BN))
+        return scale_N.copy_(torch.where(gains, new_N, scale_N))

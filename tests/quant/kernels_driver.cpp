@@ -78,13 +78,12 @@ int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const flo
                      const float*, int64_t, int64_t, float*);
 int slotmoe_code_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
                       int64_t, uint8_t*);
-int slotmoe_fit_columns(const float*, int64_t, int64_t, const float*, const float*, int64_t,
-                        const float*, int64_t, float*);
-int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, const float*,
-                      int64_t, float*, float*);
+int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, int64_t,
+                      const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,
+                      float*);
 int slotmoe_rotations(const float*, const float*, int64_t, int64_t, float, float*);
-int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
-                    int64_t, float*);
+int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, int64_t,
+                    const float*, int64_t, int64_t, float*, int64_t, float*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
 
@@ -606,14 +605,15 @@ static void streams(int64_t t, int64_t m, int64_t d, int64_t window) {
 
 // Scales and codes of a table of levels.
 static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
-    const int64_t columns = (n + 15) / 16 * 16, found = (k + block - 1) / block;
+    const int64_t columns = (n + 15) / 16 * 16, found = (k + block - 1) / block, s = 128;
     float levels[64], starts[] = {0.8f, -1.0f};
     for (int i = 0; i < 64; i++) levels[i] = float(i - l / 2) / 7.5f;
-    Floats x(n * k), weights(k), scales(n * found), panel(block * columns), matrix(block * block),
-        of_columns(columns), q(block * columns), errors(block * columns), ones(block);
+    Floats x(n * k), weights(k), scales(n * found), panel(s * columns), matrix(s * s),
+        of_columns(s / block * columns), q(s * columns), factors(columns);
     Array<uint8_t> codes(n * found * block);
     for (int64_t i = 0; i < k; i++) weights[i] = 1 + weights[i] / 2;
-    for (int64_t i = 0; i < block; i++) ones[i] = matrix[i * block + i] = 1;
+    for (int64_t i = 0; i < s; i++) matrix[i * s + i] = 1;
+    for (int64_t i = 0; i < columns; i++) factors[i] = 0.01f;
     Array<uint16_t> short_x(n * k);
     halves(short_x, n * k);
     for (int type = 0; type < 3; type++) {
@@ -621,9 +621,10 @@ static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
         check(slotmoe_fit_rows(src, type, n, k, weights, levels, l, starts, 2, block, scales));
         check(slotmoe_code_rows(src, type, n, k, scales, levels, l, block, codes));
     }
-    check(slotmoe_fit_columns(panel, block, columns, ones, levels, l, starts, 2, of_columns));
-    check(slotmoe_feed_back(panel, block, columns, matrix, of_columns, levels, l, q, errors));
-    check(slotmoe_descend(panel, block, columns, matrix, of_columns, levels, l, q));
+    check(slotmoe_feed_back(panel, s, columns, matrix, factors, 127, levels, l, starts, 2, block,
+                            of_columns, s / block, q));
+    check(slotmoe_descend(panel, s, columns, matrix, factors, 127, levels, l, block, of_columns,
+                          s / block, q));
 }
 
 static void rotations(int64_t t, int64_t c) {

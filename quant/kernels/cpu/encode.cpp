@@ -37,26 +37,20 @@ EXPORT int slotmoe_code_rows(const void* src, int type, int64_t n, int64_t k, co
     });
 }
 
-EXPORT int slotmoe_fit_columns(const float* x, int64_t block, int64_t n, const float* weights, const float* levels,
-                               int64_t l, const float* starts, int64_t count, float* scales) {
-    if (n % kTile) return kBadArgument;
-    return encoding(l, block, n, block, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
-        e.fit_columns(x, n, weights, levels, starts, count, block, begin, end, scales);
+EXPORT int slotmoe_feed_back(const float* x, int64_t s, int64_t n, const float* u, const float* factors, int64_t most,
+                             const float* levels, int64_t l, const float* starts, int64_t count, int64_t block,
+                             float* scales, int64_t blocks, float* q) {
+    if (n % kTile || s > 128 || s != blocks * block) return kBadArgument;
+    return encoding(l, block, n, s, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.feed_back(x, s, n, u, factors, most, levels, starts, count, block, begin, end, scales, q);
     });
 }
 
-EXPORT int slotmoe_feed_back(const float* x, int64_t block, int64_t n, const float* u, const float* scales,
-                             const float* levels, int64_t l, float* q, float* errors) {
-    if (n % kTile) return kBadArgument;
-    return encoding(l, block, n, block, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
-        e.feed_back(x, n, u, scales, levels, block, begin, end, q, errors);
-    });
-}
-
-EXPORT int slotmoe_descend(const float* gradient, int64_t block, int64_t n, const float* h, const float* scales,
-                           const float* levels, int64_t l, float* q) {
-    if (n % kTile) return kBadArgument;
-    return encoding(l, block, n, block, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
-        e.descend(gradient, n, h, scales, levels, block, begin, end, q);
+EXPORT int slotmoe_descend(const float* gradient, int64_t s, int64_t n, const float* h, const float* factors,
+                           int64_t most, const float* levels, int64_t l, int64_t block, float* scales, int64_t blocks,
+                           float* q) {
+    if (n % kTile || s > 128 || s != blocks * block) return kBadArgument;
+    return encoding(l, block, n, s, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.descend(gradient, s, n, h, factors, most, levels, block, begin, end, scales, q);
     });
 }

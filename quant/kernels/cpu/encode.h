@@ -127,71 +127,103 @@ void code_rows(const void* src, Source type, int64_t n, int64_t k, const float* 
         }
 }
 
-// Below, columns are rows: x [block, N], tiles begin..end of its 16 columns; N is a multiple of 16.
+// Below, columns are rows: x [S, N], S <= kTogether columns in blocks, tiles begin..end of its 16 columns; N is a
+// multiple of 16. scales [S / block, N] are whole numbers up to `most` times a row's factor.
+constexpr int64_t kTogether = 128;
 
-template <int L>
-void fit_columns(const float* x, int64_t n, const float* weights, const float* levels, const float* starts,
-                 int64_t count, int64_t block, int64_t begin, int64_t end, float* scales) {
-    const Grid<L> grid(levels);
-    alignas(64) float panel[kBlock * kTile];
-    for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
-        for (int64_t j = 0; j < block; j++) Lanes::store(panel + j * kTile, Lanes::load(x + j * n + i));
-        Lanes::store(scales + i, fit(panel, weights, block, grid, starts, count));
-    }
+inline F stored(F scale, F factor, float most) {
+    const F units = Lanes::div(scale, Lanes::where_greater(factor, Lanes::zero(), factor, Lanes::broadcast(1.0f)));
+    const F whole = Lanes::min(Lanes::max(units, Lanes::broadcast(-most)), Lanes::broadcast(most));
+    const F shift = Lanes::broadcast(12582912.0f);  // as in round_even
+    return Lanes::mul(Lanes::add(Lanes::add(whole, shift), Lanes::broadcast(-12582912.0f)), factor);
 }
 
-// Take a column's change, times what its row of a matrix says, from each column behind it.
-inline void spread(float* panel, F change, const float* row, int64_t column, int64_t block) {
-    for (int64_t l = column + 1; l < block; l++) {
+// Take a column's change, times what its row of a matrix says, from columns first..last.
+inline void spread(float* panel, F change, const float* row, int64_t first, int64_t last) {
+    for (int64_t l = first; l < last; l++) {
         float* behind = panel + l * kTile;
         Lanes::store(behind, Lanes::fma(change, Lanes::broadcast(-row[l]), Lanes::load(behind)));
     }
 }
 
 // Round column after column of x, each one's error moved to those behind it: u is upper triangular, the inverse
-// Hessian's factor. q gets what the codes stand for, errors what `x - q` is in units of u's diagonal.
+// Hessian's factor. A block gets its best scale when it is reached. q gets what the codes stand for.
 template <int L>
-void feed_back(const float* x, int64_t n, const float* u, const float* scales, const float* levels, int64_t block,
-               int64_t begin, int64_t end, float* q, float* errors) {
+void feed_back(const float* x, int64_t s, int64_t n, const float* u, const float* factors, int64_t most,
+               const float* levels, const float* starts, int64_t count, int64_t block, int64_t begin, int64_t end,
+               float* scales, float* q) {
     const Grid<L> grid(levels);
-    alignas(64) float panel[kBlock * kTile];
+    alignas(64) float panel[kTogether * kTile], weights[kTogether];
+    for (int64_t j = 0; j < s; j++) weights[j] = 1.0f / (u[j * s + j] * u[j * s + j]);
     for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
-        const F scale = Lanes::load(scales + i), inverse = inverse_or_zero(scale);
-        for (int64_t j = 0; j < block; j++) Lanes::store(panel + j * kTile, Lanes::load(x + j * n + i));
-        for (int64_t j = 0; j < block; j++) {
-            const F v = Lanes::load(panel + j * kTile);
-            const F made = Lanes::mul(grid.nearest(Lanes::mul(v, inverse)), scale);
-            const F error = Lanes::div(Lanes::fma(made, Lanes::broadcast(-1.0f), v), Lanes::broadcast(u[j * block + j]));
-            Lanes::store(q + j * n + i, made);
-            Lanes::store(errors + j * n + i, error);
-            spread(panel, error, u + j * block, j, block);
+        for (int64_t j = 0; j < s; j++) Lanes::store(panel + j * kTile, Lanes::load(x + j * n + i));
+        for (int64_t at = 0; at < s; at += block) {
+            const F best = fit(panel + at * kTile, weights + at, block, grid, starts, count);
+            const F scale = stored(best, Lanes::load(factors + i), float(most)), inverse = inverse_or_zero(scale);
+            Lanes::store(scales + at / block * n + i, scale);
+            for (int64_t j = at; j < at + block; j++) {
+                const F v = Lanes::load(panel + j * kTile);
+                const F made = Lanes::mul(grid.nearest(Lanes::mul(v, inverse)), scale);
+                const F error = Lanes::fma(made, Lanes::broadcast(-1.0f), v);
+                Lanes::store(q + j * n + i, made);
+                spread(panel, Lanes::mul(error, Lanes::broadcast(1.0f / u[j * s + j])), u + j * s, j + 1, s);
+            }
         }
     }
 }
 
-// One pass over the columns of q: each gets the code of least error for its gradient, which is (W - Q) H.
+// One pass over the columns of q: each block gets a better scale for its codes if there is one, then each column the
+// code of least error for its gradient, which is (W - Q) H.
 template <int L>
-void descend(const float* gradient, int64_t n, const float* h, const float* scales, const float* levels, int64_t block,
-             int64_t begin, int64_t end, float* q) {
+void descend(const float* gradient, int64_t s, int64_t n, const float* h, const float* factors, int64_t most,
+             const float* levels, int64_t block, int64_t begin, int64_t end, float* scales, float* q) {
     const Grid<L> grid(levels);
-    alignas(64) float panel[kBlock * kTile];
+    const F zero = Lanes::zero();
+    alignas(64) float panel[kTogether * kTile], pull[kTogether * kTile], values[kBlock * kTile];
     for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
-        const F scale = Lanes::load(scales + i), inverse = inverse_or_zero(scale);
-        for (int64_t j = 0; j < block; j++) Lanes::store(panel + j * kTile, Lanes::load(gradient + j * n + i));
-        for (int64_t j = 0; j < block; j++) {
-            const F before = Lanes::load(q + j * n + i);
-            const F wanted = Lanes::fma(Lanes::load(panel + j * kTile), Lanes::broadcast(1.0f / h[j * block + j]), before);
-            const F made = Lanes::mul(grid.nearest(Lanes::mul(wanted, inverse)), scale);
-            const F change = Lanes::fma(before, Lanes::broadcast(-1.0f), made);
-            Lanes::store(q + j * n + i, made);
-            spread(panel, change, h + j * block, j, block);
+        for (int64_t j = 0; j < s; j++) Lanes::store(panel + j * kTile, Lanes::load(gradient + j * n + i));
+        for (int64_t at = 0; at < s; at += block) {
+            F scale = Lanes::load(scales + at / block * n + i), inverse = inverse_or_zero(scale), slope = zero, curve = zero;
+            for (int64_t j = 0; j < block; j++)
+                Lanes::store(values + j * kTile, Lanes::mul(Lanes::load(q + (at + j) * n + i), inverse));
+            for (int64_t l = at; l < s; l++) {
+                F sum = zero;
+                for (int64_t j = 0; j < block; j++)
+                    sum = Lanes::fma(Lanes::load(values + j * kTile), Lanes::broadcast(h[l * s + at + j]), sum);
+                Lanes::store(pull + l * kTile, sum);
+                if (l >= at + block) continue;
+                slope = Lanes::fma(Lanes::load(values + (l - at) * kTile), Lanes::load(panel + l * kTile), slope);
+                curve = Lanes::fma(Lanes::load(values + (l - at) * kTile), sum, curve);
+            }
+            F best = Lanes::fma(slope, inverse_or_zero(curve), scale);
+            best = stored(best, Lanes::load(factors + i), float(most));
+            F step = Lanes::fma(scale, Lanes::broadcast(-1.0f), best);
+            const F cost = Lanes::mul(step, Lanes::fma(slope, Lanes::broadcast(-2.0f), Lanes::mul(step, curve)));
+            step = Lanes::where_greater(zero, cost, step, zero);
+            step = Lanes::where_greater(Lanes::mul(best, best), zero, step, zero);  // a scale of 0 stays none
+            const F moved = Lanes::mul(step, step);
+            scale = Lanes::where_greater(moved, zero, best, scale), inverse = inverse_or_zero(scale);
+            Lanes::store(scales + at / block * n + i, scale);
+            for (int64_t l = at; l < s; l++) {
+                const F minus = Lanes::mul(step, Lanes::broadcast(-1.0f));
+                float* seen = panel + l * kTile;
+                Lanes::store(seen, Lanes::fma(Lanes::load(pull + l * kTile), minus, Lanes::load(seen)));
+            }
+            for (int64_t j = at; j < at + block; j++) {
+                const F scaled = Lanes::mul(Lanes::load(values + (j - at) * kTile), scale);
+                const F before = Lanes::where_greater(moved, zero, scaled, Lanes::load(q + j * n + i));
+                const F slope_j = Lanes::mul(Lanes::load(panel + j * kTile), Lanes::broadcast(1.0f / h[j * s + j]));
+                const F made = Lanes::mul(grid.nearest(Lanes::mul(Lanes::add(before, slope_j), inverse)), scale);
+                Lanes::store(q + j * n + i, made);
+                spread(panel, Lanes::fma(before, Lanes::broadcast(-1.0f), made), h + j * s, j + 1, s);
+            }
         }
     }
 }
 
 template <int L>
 constexpr Encoder encoder() {
-    return {fit_rows<L>, code_rows<L>, fit_columns<L>, feed_back<L>, descend<L>};
+    return {fit_rows<L>, code_rows<L>, feed_back<L>, descend<L>};
 }
 
 }  // namespace

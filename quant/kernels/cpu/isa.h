@@ -152,12 +152,11 @@ struct Encoder {
                      const float* starts, int64_t count, int64_t block, int64_t begin, int64_t end, float* scales);
     void (*code_rows)(const void* src, Source type, int64_t n, int64_t k, const float* scales, const float* levels,
                       int64_t block, int64_t begin, int64_t end, uint8_t* codes);
-    void (*fit_columns)(const float* x, int64_t n, const float* weights, const float* levels, const float* starts,
-                        int64_t count, int64_t block, int64_t begin, int64_t end, float* scales);
-    void (*feed_back)(const float* x, int64_t n, const float* u, const float* scales, const float* levels,
-                      int64_t block, int64_t begin, int64_t end, float* q, float* errors);
-    void (*descend)(const float* gradient, int64_t n, const float* h, const float* scales, const float* levels,
-                    int64_t block, int64_t begin, int64_t end, float* q);
+    void (*feed_back)(const float* x, int64_t s, int64_t n, const float* u, const float* factors, int64_t most,
+                      const float* levels, const float* starts, int64_t count, int64_t block, int64_t begin, int64_t end,
+                      float* scales, float* q);
+    void (*descend)(const float* gradient, int64_t s, int64_t n, const float* h, const float* factors, int64_t most,
+                    const float* levels, int64_t block, int64_t begin, int64_t end, float* scales, float* q);
 };
 
 // Rows times matrices. Blocks are FineBlocks if `fine`, and levels have no offsets, or else ActBlocks.
