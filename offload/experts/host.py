@@ -101,9 +101,11 @@ class HostTier:
             self._hear()
 
     def _hear(self) -> None:
-        if self._uses:
+        if len(self.cache) == len(self.store.held_N):  # none is ever evicted: only count
+            self.cache.hits += len(self._uses)
+        elif self._uses:
             self.cache.use(np.array(self._uses)[:, None, None])
-            self._uses.clear()
+        self._uses.clear()
 
     def acquire(self, expert_id: int) -> Read:
         """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""

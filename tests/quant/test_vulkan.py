@@ -151,6 +151,17 @@ def test_each_call_that_fails(name, result):
         at += 1
 
 
+@pytest.mark.parametrize(("name", "calls"), [("QueueSubmit2", 1), ("EndCommandBuffer", 0)])
+def test_what_a_token_calls(name, calls):
+    loader, seen = Loader(name, 0, 0), []
+    model = OnDevice(vk.Vulkan(0, loader.address), {**CONFIG, **SMALL})
+    for rows in [model.cache(8)] * 3:
+        model.run([7], [len(seen)], [rows])
+        seen.append(loader.calls)
+    model.device.close()
+    assert seen[2] - seen[1] == calls
+
+
 def test_a_driver_that_reads_no_ram_is_refused():
     loader = Loader("EnumerateDeviceExtensionProperties", 1, 0)  # tells none
     assert "lacks VK_EXT_external_memory_host" in vk.devices(loader.address)[0].problem.decode()

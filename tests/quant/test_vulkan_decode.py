@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from slotmoe.errors import ConfigError
+from slotmoe.model.attention.grouped import GroupedAttention
 from slotmoe.model.layers import route
 from slotmoe.quant.backends.vulkan import VulkanBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, KEPT_CODECS
@@ -98,28 +99,22 @@ def of_latents(model, a, x_TD, read, rope_TC, factor_T):
 def of_groups(model, a, x_TD, read, rope_TC, _):
     """The same of grouped queries."""
     g, T, gives = model.geometry, len(rope_TC), {}
-    H, (G, Z, norm_last) = g.H, g.grouped
+    G, Z, _ = g.grouped
     gives["query"] = linear(x_TD, a.q_proj)
     gives["latent"] = torch.cat([linear(x_TD, a.k_proj), linear(x_TD, a.v_proj)], dim=1)
     k_TX, v_TX = read["latent"].split(G * Z, dim=1)
+    of = GroupedAttention(g, model.backend)
 
     def keyed(x_TX, bias, gain):
-        x_TNZ = (x_TX if bias is None else x_TX + bias).view(T, -1, Z)
-        if gain is not None and not norm_last:
-            x_TNZ = rms(x_TNZ.reshape(-1, len(gain)), gain, g.eps).view(x_TNZ.shape)
-        turned = model.backend.rotate(x_TNZ[..., : g.P], rope_TC, g.halves)
-        x_TNZ = torch.cat([turned, x_TNZ[..., g.P :]], dim=-1)
-        return rms(x_TNZ, gain, g.eps) if gain is not None and norm_last else x_TNZ
+        return of._keyed(x_TX if bias is None else x_TX + bias, gain, rope_TC)
 
     q_THZ = keyed(read["query"], a.q_bias, a.q_norm)
     gives["queries"] = torch.cat([torch.zeros_like(q_THZ), q_THZ], dim=-1)
     v_TGZ = (v_TX if a.v_bias is None else v_TX + a.v_bias).view(T, G, Z)
     kept_TGW = torch.cat([v_TGZ, keyed(k_TX, a.k_bias, a.k_norm)], dim=-1)
     gives["caches"] = kept_TGW.clamp(-65504, 65504).half().float()
-    out_THV = []
-    for q_HW, rows_GSW in zip(
-        read["queries"].view(T, G, H // G, 2 * Z), read["latents"], strict=True
-    ):
+    out_THV, q_TGHW = [], read["queries"].view(T, G, -1, 2 * Z)
+    for q_HW, rows_GSW in zip(q_TGHW, read["latents"], strict=True):
         weights_GHS = (q_HW @ rows_GSW.mT * g.softmax_scale).softmax(dim=-1)
         out_THV.append((weights_GHS @ rows_GSW[..., :Z]).flatten(0, 1))
     gives["values"] = torch.stack(out_THV)
