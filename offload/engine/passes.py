@@ -210,10 +210,9 @@ class Passes:
         if (timer := self._model.network.timer) is not None:
             timer.begin()
         started = time.perf_counter()
-        decoding, read = rows, 0
-        if prompts := [row for row in rows if row.is_prompt]:
-            decoding = [row for row in rows if not row.is_prompt]
-            read = sum(len(row.ids) for row in prompts)
+        prompts = [row for row in rows if row.is_prompt]
+        decoding = [row for row in rows if not row.is_prompt] if prompts else rows
+        read = sum(len(row.ids) for row in prompts)
         # With more rows the pass would go another way, and give other bits.
         room = self._model.network.rows - read - len(decoding)
         if self.drafting is not None and decoding and room > 0:

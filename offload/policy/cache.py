@@ -276,10 +276,8 @@ def replay(
     for number, layers in enumerate(steps):
         cache.advance(len(layers[0]))
         for moe_layer, indices in enumerate(layers):
-            ids = {moe_layer * cache.experts + expert: 0 for chosen in indices for expert in chosen}
-            missing = [expert_id for expert_id in ids if expert_id not in cache]
-            x_TD = None if inputs is None else inputs[number][moe_layer, None]
-            cache.use_chunk(moe_layer, indices, x_TD=x_TD)
-            for expert_id in missing:
-                offer(cache, expert_id, ids)
+            ids_TK = np.array(indices, np.int64) + moe_layer * cache.experts
+            x_1TD = None if inputs is None else inputs[number][moe_layer, None, None]
+            for expert_id in cache.use(ids_TK[None], 0, x_1TD).tolist():
+                offer(cache, expert_id, ids_TK.ravel())
     return cache.hits / max(1, cache.hits + cache.misses)
