@@ -54,7 +54,6 @@ WINDOW = 512  # tokens that are read as one sequence; attention to more costs mo
 _GRAIN = 256  # an expert's tokens are filled up to a multiple of this
 _WAY = 2  # of making codes: what was begun or made in another way is not gone on with
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
-_MATRICES = ("matrix", "sensitive", "absorbed")  # roles of weights that products are made with
 Windows = Sequence[Sequence[int]]
 
 
@@ -238,10 +237,7 @@ class Calibration:
 
     def _through(self, layer: int) -> dict[str, Hessian]:
         names = [name for name in resident_shapes(self._config) if split_name(name)[0] == layer]
-        weights = {
-            name: self._tensor(name, self._compute if role_of(name) in _MATRICES else torch.float32)
-            for name in names
-        }
+        weights = {name: self._tensor(name) for name in names}
         # An MLP's up projection sees what its gate projection sees.
         tapped = (name for name in names if name in self._wanted and "up_proj" not in name)
         tap = _Tap({id(weights[name]): name for name in tapped}, self._config.activation)
@@ -288,7 +284,7 @@ class Calibration:
             weight_U1 = F.pad(weights_TK[token_U, rank_U], rest)[:, None]
             token_U = F.pad(token_U, rest)
             names = self._names(layer, expert)
-            gate_ID, up_ID, down_DI, *biases = (self._tensor(name, x_TD.dtype) for name in names)
+            gate_ID, up_ID, down_DI, *biases = map(self._tensor, names)
             x_UD = x_TD[token_U]
             gate_UI, up_UI = x_UD @ gate_ID.t(), x_UD @ up_ID.t()
             if biases:
@@ -311,7 +307,9 @@ class Calibration:
     def _names(self, layer: int, expert: int) -> list[str]:
         return [expert_name(layer, expert, name) for name in expert_shapes(self._config)]
 
-    def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, name: str) -> Tensor:
+        is_matrix = role_of(name) in ("matrix", "sensitive", "absorbed")
+        dtype = self._compute if is_matrix else torch.float32
         return self._checkpoint.tensor(name).to(self._device, dtype)
 
 

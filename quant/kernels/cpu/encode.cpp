@@ -5,7 +5,8 @@ using namespace slotmoe;
 
 namespace {
 
-// Runs `body(encoder, begin, end)` over `tiles` of 16 rows.
+// Runs `body(encoder, begin, end)` over `tiles` of 16 rows in the calling thread: encoders work on a matrix each, and
+// would wait for their turn in the pool.
 template <class Body>
 int encoding(int64_t l, int64_t block, int64_t n, int64_t k, const float* levels, Body body) {
     int of = 0;  // log2(l) - 2
@@ -13,10 +14,12 @@ int encoding(int64_t l, int64_t block, int64_t n, int64_t k, const float* levels
     bool valid = l == 4 << of && (block == 32 || block == 64) && n >= 1 && k >= 1;
     for (int64_t i = 0; valid && i < l; i++) valid = levels[i] - levels[i] == 0.0f;
     if (!valid) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        const Encoder& encoder = isa.encoders[of];
-        job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) { body(encoder, begin, end); });
-    });
+    std::fenv_t environment;
+    std::fegetenv(&environment);
+    std::fesetenv(FE_DFL_ENV);
+    body(best_isa().encoders[of], 0, up_to(n, kTile));
+    std::fesetenv(&environment);
+    return kOk;
 }
 
 }  // namespace
