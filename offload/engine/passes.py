@@ -126,13 +126,13 @@ class Sequence:
         if self.hidden_RD is not None:
             self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
 
-    def draft(self, id: int) -> tuple[list[int], list[float]]:
+    def draft(self, id: int, most: int) -> tuple[list[int], list[float]]:
         """What may come behind ``id``, as far as there is room, and how likely each token is."""
         room = self.state.context - self.length - 1
         if self._head is None:
             self._ngrams.read(self.tokens, id, self._anew)
             self._anew = False
-            return self._ngrams.draft(min(MOST_DRAFTED, room))
+            return self._ngrams.draft(min(most, room))
         if room < 1 or self.hidden_RD is None:
             return [], []
         return self._head.draft([*self.tokens, id], self.hidden_RD.clone())
@@ -216,7 +216,7 @@ class Passes:
         # With more rows the pass would go another way, and give other bits.
         room = self._model.network.rows - read - len(decoding)
         if self.drafting is not None and decoding and room > 0:
-            drafts = [row.sequence.draft(row.ids[0]) for row in decoding]
+            drafts = [row.sequence.draft(row.ids[0], self.drafting.most) for row in decoding]
             if any(tokens for tokens, _ in drafts):
                 lengths = self.drafting.lengths([chances for _, chances in drafts], room)
                 for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):

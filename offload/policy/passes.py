@@ -153,7 +153,7 @@ class Drafting:
         self._plain = dict[int, float]()  # seconds of a pass without drafts, by its rows
         self._one = self._more = 0.0  # such seconds for a row, of the last pass; of a row more
         self._drafting = 0  # passes with drafts
-        self._most = 1  # tokens to draft: what was never tried is approached by steps
+        self.most = 1  # tokens to draft: what was never tried is approached by steps
 
     def lengths(self, chances: Sequence[Sequence[float]], room: int) -> list[int]:
         """How many tokens of each sequence's draft to compute, ``room`` at most, given the
@@ -161,7 +161,7 @@ class Drafting:
         with it than without."""
         taken, expected = [0] * len(chances), float(len(chances))
         seconds = self._plain.get(len(chances), 0.0)
-        for _ in range(min(self._most, room) if seconds else 0):
+        for _ in range(min(self.most, room) if seconds else 0):
             pairs = zip(taken, chances, strict=True)
             gains = [likely[n] if n < len(likely) else 0.0 for n, likely in pairs]
             best = max(range(len(gains)), key=gains.__getitem__)
@@ -190,7 +190,7 @@ class Drafting:
         error = min(seconds - predicted, predicted)  # a pass that was held up changes little
         if drafted:
             self._drafting += 1
-            self._most = min(self._limit, max(self._most, 2 * drafted + 1))
+            self.most = min(self._limit, max(self.most, 2 * drafted + 1))
             self._more += max(RATE, 1 / self._drafting) * error / drafted
         else:
             self._plain[certain] = plain + RATE * error
@@ -198,7 +198,7 @@ class Drafting:
         self._one = self._plain[certain] / certain
         self._more = max(self._more, _LEAST * self._one)
         if self._more >= self._one:  # nothing pays; what is forgotten is tried again by one row
-            self._most = 1
+            self.most = 1
 
     def stats(self) -> dict[str, int]:
         """Passes of decode and their rows; of these, tokens that were drafted, and that came."""
