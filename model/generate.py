@@ -85,10 +85,10 @@ def sample(
 def scored(logits_V: Tensor, id: int) -> tuple[int, float, float]:
     """``id``, the logarithm of its probability by float32 CPU logits, and that of the sum of all
     exponentials, both float32."""
-    values_V = logits_V.numpy()
-    top = values_V.max()  # as ``logsumexp``, in fewer steps
-    total = (logits_V - float(top)).exp_().sum().log_().numpy() + top
-    return id, float(values_V[id] - total), float(total)
+    if (native := load()) is not None:
+        return native.choose(logits_V, id=id)
+    total = logits_V.logsumexp(dim=-1)
+    return id, float(logits_V[id] - total), float(total)
 
 
 def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,8 @@ class Answer:
         if logits_V is None:
             self.read.append(Token(token_id, text, None))
         else:
-            self.read.append(self._token(token_id, text, logits_V[: self._tokenizer.size]))
+            logits_V = logits_V[: self._tokenizer.size]
+            self.read.append(self._token(text, logits_V, scored(logits_V, token_id)))
 
     def take(self, logits_V: Tensor) -> Delta:
         """Choose a token from float32 CPU logits; of a tokenizer and a model of different sizes,
@@ -228,16 +229,18 @@ class Answer:
         if self._grammar is not None:
             allowed_V = self._grammar.allowed()[: logits_V.shape[0]]
             adjusted_V = adjusted_V.masked_fill(~allowed_V, -math.inf)
-        chosen, logprob, _ = sample(adjusted_V, self._sampling, self._numbers)
-        if not math.isfinite(logprob):
+        of = sample(adjusted_V, self._sampling, self._numbers)
+        if not math.isfinite(of[1]):
             raise CheckpointError(_BROKEN)
-        if chosen in self._eos:
+        if (chosen := of[0]) in self._eos:
             return self.end("stop")
+        if adjusted_V is not logits_V and self._logprobs is not None:
+            of = scored(logits_V, chosen)
         self.ids.append(chosen)
         if self._penalties.are_on:
             self._penalties.add(chosen)
         self._left -= 1
-        self._held.append(self._token(chosen, self.stream.push(chosen), logits_V))
+        self._held.append(self._token(self.stream.push(chosen), logits_V, of))
         complete = self._grammar is not None and self._grammar.consume(chosen)
         delta = self._release()
         if delta.finish is None and (complete or self._left == 0):
@@ -252,15 +255,15 @@ class Answer:
         tokens, self._held = tuple(self._held), []
         return Delta(_text(tokens) + self.stream.flush(), tokens, finish, error=error)
 
-    def _token(self, token_id: int, text: str, logits_V: Tensor) -> Token:
+    def _token(self, text: str, logits_V: Tensor, of: tuple[int, float, float]) -> Token:
+        id, logprob, total = of  # as ``scored`` gives them
         if self._logprobs is None:
-            return Token(token_id, text)
-        _, logprob, total = scored(logits_V, token_id)
+            return Token(id, text)
         if not self._logprobs:
-            return Token(token_id, text, logprob)
+            return Token(id, text, logprob)
         best = logits_V.topk(self._logprobs)
         pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
-        return Token(token_id, text, logprob, b"".join(starmap(_SCORED.pack, pairs)))
+        return Token(id, text, logprob, b"".join(starmap(_SCORED.pack, pairs)))
 
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
