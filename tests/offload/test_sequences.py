@@ -3,14 +3,12 @@ memory, among several sequences, and on disk."""
 
 import os
 import random
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.quant.shapes import MARKS
 from tests.support.engine import decode, failing, words
 from tests.support.hostile import flip
@@ -80,28 +78,29 @@ def test_ten_turns_read_nothing_twice(runtime, fresh, keeps_answers):
 def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh):
     """A long prefill and a pass of one token, in a layer behind the first."""
 
+    layers = set()
+
     def fail():
         if len(layers) > 1:
             raise MemoryError
+
+    def stopped(text):
+        layers.clear()
+        stop = runtime.model.experts.on_layer(lambda route: layers.add(route.moe_layer))
+        with failing(runtime, fail), pytest.raises(MemoryError):
+            decode(runtime, text, [])
+        stop()
 
     runtime.engine.empty()
     ids, other = words(5, 400), words(6, 1000)
     decode(runtime, ids, [])
     for more in ([*ids, *other], [*ids, *other, 3]):
-        layers = set()
-        stop = runtime.model.experts.on_layer(lambda route: layers.add(route.moe_layer))  # noqa: B023
-        with failing(runtime, fail), pytest.raises(MemoryError):
-            decode(runtime, more, [])
-        stop()
+        stopped(more)
         assert torch.equal(decode(runtime, more, []), fresh(more))
     # A state that a pass has begun to write is no place to go on from.
     for begun, text, most in ((ids[:9], other, 0), (ids, [*ids, 9], len(ids))):
         decode(runtime, begun, [5])
-        layers = set()
-        stop = runtime.model.experts.on_layer(lambda route: layers.add(route.moe_layer))  # noqa: B023
-        with failing(runtime, fail), pytest.raises(MemoryError):
-            decode(runtime, [*begun, 5, *other[:30]], [])
-        stop()
+        stopped([*begun, 5, *other[:30]])
         logits, count = counted(runtime, lambda: decode(runtime, text, []))  # noqa: B023
         assert 0 <= count <= most and torch.equal(logits, fresh(text))
     decode(runtime, more, [])
@@ -173,50 +172,6 @@ def test_snapshots_count_for_the_limit_and_go_with_their_text(kept, fresh):
     there = [path for path in folder.rglob("*-*") if path.stat().st_mtime > 1]
     assert sum(path.stat().st_size for path in folder.rglob("*-*")) <= size
     assert there and not kept.said
-
-
-def agents_day(ask, restart):
-    """Twenty turns as of a coding agent: 1,500 tokens of instructions and tools, then results of
-    tools and answers.  Its client leaves the reasoning of a turn out of the next, takes a message
-    back, makes a summary of the middle, and is served by another process from the tenth turn on.
-    By what was done the tokens that were computed though they had been before."""
-    history, seen, twice = words(100, 1500), list[list[int]](), Counter[str]()
-    starts = list[int]()
-    for turn in range(20):
-        what, added = "goes on", words(101 + turn, 150 + 37 * turn % 500)
-        if turn == 10:
-            what = "another process"
-            restart()
-        if turn == 7:
-            what, history = "a message taken back", history[: starts[5]]
-        if turn == 14:
-            what, history = "a summary of the middle", [*history[:1500], *words(99, 300)]
-        starts.append(len(history))
-        prompt = [*history, *added]
-        known = max((shared_prefix(text, prompt[:-1]) for text in seen), default=0)
-        ids, reused = ask(prompt)
-        twice[what] += known - reused
-        seen.append([*prompt, *ids[:-1]])
-        # Each second answer is kept as it was; of others the reasoning is not.
-        history = [*prompt, *(ids if turn % 2 else [4001, *ids[6:]])]
-    return twice
-
-
-def test_an_agents_day_reads_little_twice(export, tmp_path, nightly):
-    """The table of docs/sessions.md."""
-    with Runtime.open(export, context=16384) as runtime:
-
-        def restart():
-            runtime.engine.empty()
-            runtime.keep_in(tmp_path)
-
-        restart()
-        twice = agents_day(lambda prompt: answer_to(runtime, prompt), restart)
-        spacing = runtime.model.plan.marks.tokens
-    assert twice["another process"] == 0
-    assert twice["goes on"] <= 9  # the last token of prompts whose reasoning is left out
-    assert twice["a message taken back"] <= 16
-    assert twice["a summary of the middle"] < spacing
 
 
 def test_unknown_tokens_have_rows_of_every_layer(runtime):

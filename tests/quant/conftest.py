@@ -1,8 +1,9 @@
-"""The native kernels, on every instruction set that this machine runs."""
+"""The native kernels on every instruction set that this machine runs, and a Vulkan device."""
 
 import pytest
 import torch
 
+from slotmoe.quant.kernels.vulkan import Vulkan
 from tests.support.kernels import ISAS, native
 
 FAST = ("portable", native and native.isa)  # plain C++, and what this machine uses
@@ -22,3 +23,10 @@ def kernels(request):
     yield native
     native.set_isa(before[0])
     native.set_threads(before[1])
+
+
+@pytest.fixture(scope="module")
+def device():
+    device = Vulkan()
+    yield device
+    device.close()

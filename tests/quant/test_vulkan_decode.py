@@ -46,13 +46,6 @@ MODELS = {  # a config, and how its weights are coded
 
 
 @pytest.fixture(scope="module")
-def device():
-    device = vk.Vulkan()
-    yield device
-    device.close()
-
-
-@pytest.fixture(scope="module")
 def v2(device):
     return OnDevice(device, CONFIG)
 
