@@ -64,8 +64,7 @@ class NativeDecoder:
         self._slots_ME: Tensor | None = None  # that were checked last
         # Of the last call, checked.
         self._positions, self._given = int64s([]), tuple[object, ...]()
-        self._ids_T: Tensor | None = None
-        self._ids_at: int | None = None
+        self._ids: tuple[Tensor | None, int | None] = None, None
         self._reached, self._spent = ctypes.c_int64(), (ctypes.c_double * len(STAGES))()
         kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
         kinds |= {border.Grouped: self._grouped}
@@ -87,11 +86,9 @@ class NativeDecoder:
         for cache, count in zip(chunk.caches, chunk.counts, strict=True):
             caches += [cache] * count
             positions += range(cache.length, cache.length + count)
-        if (T := len(positions)) != len(self._positions):
-            self._positions = int64s(positions)
-        self._positions[:] = positions  # type: ignore[assignment]
-        if chunk.ids_T is not self._ids_T:
-            self._ids_T, self._ids_at = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
+        T = len(positions)
+        if chunk.ids_T is not self._ids[0]:
+            self._ids = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
         tokens, slab = self._tokens(chunk, caches, positions), self._bind(table.records)
         if slots_ME is not self._slots_ME:
             address(slots_ME, torch.int32, sizes["M"], sizes["E"])
@@ -134,7 +131,7 @@ class NativeDecoder:
         return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
 
     def _latent(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: list[int]
     ) -> ctypes.Structure:
         """With each token's latent cache, and what indexers keep and have chosen."""
         caches, T = cast(Sequence[LatentCache], states), len(positions)
@@ -148,16 +145,19 @@ class NativeDecoder:
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        return self._bound(None, scaled, *rows, *keys, lists, self._ids_at, None, *delta)
+        return self._bound(positions, scaled, *rows, *keys, lists, self._ids[1], None, *delta)
 
-    def _bound(self, *given: object) -> ctypes.Structure:
+    def _bound(self, positions: list[int], *given: object) -> ctypes.Structure:
         """The tokens at their positions, as they were where the rest is."""
-        if (given := (self._positions, *given)) != self._given:
+        if len(positions) != len(self._positions):
+            self._positions = int64s(positions)
+        self._positions[:] = positions  # type: ignore[assignment]
+        if (given := (self._positions, None, *given)) != self._given:
             self._given, self._structure = given, TOKENS[len(self._layers.groups)](*given)
         return self._structure
 
     def _compressed(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: list[int]
     ) -> ctypes.Structure:
         """With each token's rows of the window, and compressed ones."""
         caches, layers = cast(Sequence[CompressedCache], states), self._layers
@@ -165,29 +165,22 @@ class NativeDecoder:
         if chunk.mixed is None:
             chunk.mixed = border.Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
         assert chunk.compressed_C is not None
-        groups, kept = list[object](), list[Tensor]()
+        groups, self._tables = list[object](), list[Tensor]()  # which the call reads
         for shape in layers.groups:
             starts_T = (torch.tensor(positions) // shape.ratio * shape.ratio).float()
             table_TC = self._native.rotations(starts_T, chunk.compressed_C, 1.0)
             parts = [c.index if shape.index else c.groups[shape.ratio] for c in caches]
-            groups += compressed_rows(
-                [part for part in parts if part is not None], positions, shape
-            )
-            groups.append(address(table_TC, c64, T, C))
-            kept.append(table_TC)
-        rows = self._last(self._rows, [cache.window for cache in caches], positions)
-        self._tables = kept  # which the call reads
-        return self._bound(
-            None,
-            *(address(chunk.query_scale_T, torch.float32, T), *rows, *NO_STORE, None),
-            self._ids_at,
-            address(chunk.compressed_rope_TC, c64, T, C),
-            *NO_DELTA,
-            *groups,
-        )
+            rows = compressed_rows([part for part in parts if part is not None], positions, shape)
+            groups += *rows, address(table_TC, c64, T, C)
+            self._tables.append(table_TC)
+        last = self._last(self._rows, [cache.window for cache in caches], positions)
+        scaled = address(chunk.query_scale_T, torch.float32, T)
+        turned = address(chunk.compressed_rope_TC, c64, T, C)
+        given = scaled, *last, *NO_STORE, None, self._ids[1], turned
+        return self._bound(positions, *given, *NO_DELTA, *groups)
 
     def _grouped(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: list[int]
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
         caches = cast(Sequence[GroupedCache], states)
@@ -198,11 +191,9 @@ class NativeDecoder:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
         delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
-        return self._bound(None, None, *rows, *keys, None, self._ids_at, None, *delta)
+        return self._bound(positions, None, *rows, *keys, None, self._ids[1], None, *delta)
 
-    def _delta(
-        self, states: Sequence[SequenceState], positions: Sequence[int]
-    ) -> tuple[object, ...]:
+    def _delta(self, states: Sequence[SequenceState], positions: list[int]) -> tuple[object, ...]:
         """Each token's inputs of delta rules, and their states.  Raises `ValueError`."""
         caches = [state.deltas for state in states if state.deltas is not None]
         tails, own = [cache.inputs for cache in caches], [cache.states for cache in caches]
@@ -217,7 +208,7 @@ class NativeDecoder:
         return *inputs, *held, int64s([*folds])
 
     def _last(
-        self, store: Store, windows: Sequence[Tail], positions: Sequence[int]
+        self, store: Store, windows: Sequence[Tail], positions: list[int]
     ) -> tuple[object, ...]:
         """Each token's rows of the window.  Raises `ValueError`."""
         wanted = self._layers.window
