@@ -75,15 +75,17 @@ def test_feedback_and_descent_lower_the_error_of_outputs(heavy, codec, native, m
     monkeypatch.setattr(bindings, "load", lambda: native)
     weight, hessian = correlated(40, 200)
     plain = output_error(weight, values(weight, codec), hessian)[0]
-    found = []
+    found, taken = [], []
     for rounds in (0, 1, 3):
         monkeypatch.setattr(encode, "ROUNDS", rounds)
         codes, scales, squares = encode.quantize_lut(weight, codec, hessian)
         made = CodedWeight(codes, scales, levels_of(codec), (40, 200)).dequantize()
         assert squares == pytest.approx(output_error(weight, made, hessian), rel=1e-2)
         found.append(squares[0])
+        taken.append(scales)
     assert found[0] < 0.7 * plain
     assert found[2] < found[1] < found[0]
+    assert not taken[0].equal(taken[1])  # feedback's scales, and better ones by descent
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
