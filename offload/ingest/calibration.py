@@ -227,9 +227,8 @@ class Calibration:
             self._state.layer, self._state.stream = layer, checksum(data)
             self._state.save(self._path.parent)
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(
-            "highest" if self._compute is torch.float32 else "medium"
-        )
+        precision = "highest" if self._compute is torch.float32 else "medium"
+        torch.set_float32_matmul_precision(precision)
         try:
             return self._through(layer)
         finally:

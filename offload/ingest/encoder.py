@@ -111,10 +111,8 @@ def learn_levels(
             N, K = checkpoint.infos[name].shape
             count = max(1, min(N, _SAMPLED // _MATRICES // K))
             piece = checkpoint.rows(name, (N - count) // 2, (N + count) // 2).float()
-            if bool(
-                torch.stack(piece.aminmax()).isfinite().all()
-            ):  # else its own quantization says what is wrong
-                pieces.append(piece)
+            if torch.stack(piece.aminmax()).isfinite().all():
+                pieces.append(piece)  # of others their own quantization says what is wrong
         start = torch.tensor(kind.levels, dtype=torch.float32)
         learned = encode.learn_levels(pieces, start, SCALES[kind.scales].block)
         levels[kind.name] = [int(level) for level in learned.tolist()]

@@ -156,9 +156,8 @@ class VulkanBackend(TorchBackend):
             told = f"this model's shapes are not computed on Vulkan yet ({problem})"
             raise ConfigError(f"{told}; use --device cpu") from None
         self._views = views = self._decoder.views
-        hidden_TD, logits_TV, indices_MTK = (
-            torch.from_numpy(view) for view in (views.hidden, views.logits, views.indices)
-        )
+        shown = map(torch.from_numpy, (views.hidden, views.logits, views.indices))
+        hidden_TD, logits_TV, indices_MTK = shown
         self._told = lru_cache(lambda T: (hidden_TD[:T], logits_TV[:T], indices_MTK[:, :T]))
         return self
 

@@ -45,11 +45,9 @@ from slotmoe.system import cores
 
 ABI = 23
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
+_Chosen = ctypes.c_double * 3
 STAGES = ("attention", "gate", "experts", "shared experts and dense layers", "head")
 """Whose seconds `decode` gives."""
-
-
-_Chosen = ctypes.c_double * 3
 
 
 class Kernels:
