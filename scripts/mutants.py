@@ -48,7 +48,7 @@ AREAS = {
         "quant/codecs/*.py",
         "quant/codecs quant/encode quant/ops offload/codecs offload/encoded",
     ),
-    "plan": ("offload/plan/*.py", "offload/plan offload/codecs tools/commands"),
+    "plan": ("offload/plan/*.py", "offload/plan offload/fit offload/codecs tools/commands"),
 }
 # A change may make a test wait for ever; that ends it.
 PYTEST = (
