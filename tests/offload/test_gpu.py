@@ -91,9 +91,8 @@ def test_the_cpu_begins_before_policy_and_uploads(on_twin, monkeypatch):
 
     with on_twin(Twin(1), misses="hybrid", slots=9, kernels="torch") as runtime:
         model, host = runtime.model, runtime.model.store
-        model.experts.slots.fills = True
-        assert model.experts.slots._fill(idle=True)  # RAM comes before slots
-        assert not model.experts.slots.store.staged
+        model.experts.slots.fills = True  # RAM comes before slots
+        assert model.experts.slots._fill(True) and not model.experts.slots.store.staged
         runtime.warm()
         note(model.experts, "_divided", lambda *given: given[0:4:2])  # tokens, what is missing
         for event, *places in (
