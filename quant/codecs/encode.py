@@ -336,17 +336,14 @@ class _State:
         self._left_NK = torch.empty_like(self._weight_NK, dtype=fast_products(H_KK.device))
         self._q_KN = H_KK.new_empty(len(H_KK), len(self._weight_NK))
         self._scales_XN = H_KK.new_empty(len(H_KK) // block, len(self._weight_NK))
-        # The largest scale of a row belongs to the block with its largest weight.
-        blocks_NXB = self._weight_NK.cpu().unflatten(1, (-1, block))
-        largest_N = blocks_NXB.abs().amax(2).argmax(1)
-        largest_NB = blocks_NXB[torch.arange(len(largest_N)), largest_N]
-        first_N1 = fit_scales(largest_NB, torch.ones(block), levels_L, block).to(H_KK)
-        self._coding = WholeScales(_ROOM * first_N1, coding.most)
+        importance_K = H_KK.diagonal().cpu().contiguous()
+        first_NX = fit_scales(self._weight_NK.cpu(), importance_K, levels_L, block).to(H_KK)
+        self._coding = WholeScales(_ROOM * first_NX, coding.most)
 
     def result(self) -> tuple[Tensor, Tensor, tuple[float, float]]:
         """Codes [N, K], stored scales, and sums of squares of the error and of the weights."""
         self._feed_back()
-        for _ in range(ROUNDS if len(self._levels_L) > 4 else ROUNDS + 2):
+        for _ in range(ROUNDS if len(self._levels_L) > 8 else ROUNDS + 2):
             self._descend()
         levels_L, codes = self._levels_L.cpu(), list[Tensor]()
         scales_XN = self._scales_XN.split(_TOGETHER // self._block)
