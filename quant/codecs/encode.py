@@ -319,8 +319,8 @@ def quantize_lut(
 
 def fast_products(device: torch.device) -> torch.dtype:
     """What large products are made of where float32's bits do not matter."""
-    is_fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if is_fast else torch.float32
+    on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # not in every torch
+    return torch.bfloat16 if device.type == "cuda" or on_cpu() else torch.float32
 
 
 class _State:
