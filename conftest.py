@@ -1,5 +1,6 @@
 """What tests and campaigns share: their tiers, exports of the sample and of the least model, the
-command line in this process, and a hub on loopback.
+command line in this process, and a hub on loopback.  Heavy libraries are imported where they are
+used: the process that only hands tests to others needs none.
 
 A test's tier follows from the fixtures that it requests, also through others.  Those of ``KINDS``
 say what it does beside computing for a moment in this process, and leave it out of
@@ -16,15 +17,6 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
-
-from slotmoe.offload.engine import loading
-from slotmoe.offload.model_source import read_model
-from slotmoe.quant.kernels.cpu import bindings
-from tests.support.exports import made_once
-from tests.support.hub import HUB, hurried
-from tests.support.interpreter import keep_inside, quicken, shuffle
-from tests.support.tiny import SAMPLE, SMALL
 
 KINDS = {
     "processes": "It starts processes.",
@@ -40,9 +32,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing that a test does may depend on the user's own folders, or leave anything there.
 CACHE = TemporaryDirectory()
 os.environ["SLOTMOE_CACHE"] = os.environ["XDG_CONFIG_HOME"] = CACHE.name
-# Triton decides when it is imported whether it compiles for a GPU or interprets on the CPU.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
@@ -51,6 +40,8 @@ def kind(name):
     @pytest.fixture(scope="session", name=name)
     def fixture():
         if name == "interpreter" and find_spec("triton") and "TRITON_INTERPRET" in os.environ:
+            from tests.support.interpreter import keep_inside, quicken, shuffle
+
             quicken()
             shuffle(0)
             keep_inside()
@@ -60,6 +51,14 @@ def kind(name):
 
 
 globals().update({name: kind(name) for name in KINDS})
+
+
+def pytest_collectstart():
+    """Triton decides when it is imported whether it compiles for a GPU or interprets on the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
@@ -74,6 +73,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """A child process checks the sample's tokenizer once, before any test: a verdict is kept."""
+    from slotmoe.offload.model_source import read_model
+    from tests.support.tiny import SAMPLE
+
     read_model(SAMPLE)
 
 
@@ -83,6 +85,11 @@ def alone_on_the_machine():
     other would wait for cores that other test processes have: torch, kernels and engines that are
     asked for no number have one.  What is imported by now stays: no collection of garbage looks
     at it."""
+    import torch
+
+    from slotmoe.offload.engine import loading
+    from slotmoe.quant.kernels.cpu import bindings
+
     gc.collect()
     gc.freeze()
     torch.set_num_threads(1)
@@ -100,6 +107,8 @@ def alone_on_the_machine():
 @pytest.fixture(scope="session")
 def sample_export():
     """The bundled sample, quantized with the default settings; not to be changed."""
+    from tests.support.exports import made_once
+
     with made_once("sample") as export:
         yield export
 
@@ -107,6 +116,9 @@ def sample_export():
 @pytest.fixture(scope="session")
 def small_export():
     """The least model, for what takes long; not to be changed."""
+    from tests.support.exports import made_once
+    from tests.support.tiny import SMALL
+
     with made_once("small", **SMALL) as export:
         yield export
 
@@ -128,6 +140,8 @@ def slotmoe(capsys):
 def hub(network, tmp_path, monkeypatch):
     """The hub on loopback, empty, and an empty cache of huggingface_hub's."""
     from huggingface_hub import constants
+
+    from tests.support.hub import HUB, hurried
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     hurried(monkeypatch)
