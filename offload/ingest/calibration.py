@@ -49,10 +49,10 @@ from slotmoe.quant.export.writer import replace_file
 from slotmoe.quant.shapes import Activation
 from slotmoe.state import plain_row
 
-MIN_TOKENS, MAX_TOKENS = 5000, 1 << 16  # more move the Hessians little
+MIN_TOKENS, MAX_TOKENS = 5000, 1 << 15  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
 _GRAIN = 256  # an expert's tokens are filled up to a multiple of this
-_WAY = 2  # of making codes: what was begun or made in another way is not gone on with
+_WAY = 3  # of making codes: what was begun or made in another way is not gone on with
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
 Windows = Sequence[Sequence[int]]
 

@@ -160,10 +160,12 @@ def starts_of(levels_L: Tensor) -> Tensor:
     return torch.cat([ends, -ends]).float()
 
 
-def fit_scales(weight_NK: Tensor, importance_K: Tensor, levels_L: Tensor, block: int) -> Tensor:
-    """The best scale of each block, float32 [N, X]; not finite where the block is not.  A weight's
-    squared error counts ``importance`` times (float32)."""
-    K, starts = weight_NK.shape[1], starts_of(levels_L)
+def fit_scales(
+    weight_NK: Tensor, importance_K: Tensor, levels_L: Tensor, block: int, every: int = 1
+) -> Tensor:
+    """The best scale of each block, float32 [N, X], from one in ``every`` start; not finite where
+    the block is not.  A weight's squared error counts ``importance`` times (float32)."""
+    K, starts = weight_NK.shape[1], starts_of(levels_L)[::every].contiguous()
     if (native := bindings.load()) is not None:
         sizes = {"B": block, "X": -(-K // block)}
         return native.fit_rows(weight_NK, importance_K, levels_L, starts, **sizes)
@@ -267,6 +269,7 @@ def _blocks(rows_NK: Tensor, block: int) -> Tensor:
 
 ROUNDS = 1  # of coordinate descent; two more gain 1% of the divergence, of 3 bits 3%
 _ROOM = 1.25  # feedback makes scales larger than the best ones without it
+_FEWER = 6  # starts make a row's largest scale just as large
 _DAMPING = 0.01  # of H's mean diagonal, added to the diagonal
 _TOGETHER = 128  # columns whose change reaches all others by one product
 MEASURED = 8  # of so many rows one's error counts in a report
@@ -296,11 +299,24 @@ class Hessian:
         return damped
 
     @cached_property
-    def factor(self) -> Tensor:
-        """Lower triangular L with ``damped = L^T L``, float32."""
+    def product(self) -> Tensor:
+        """``damped`` as products take it."""
+        return self.damped.to(fast_products(self.damped.device))
+
+    @cached_property
+    def feedback(self) -> list[tuple[Tensor, Tensor]]:
+        """With ``damped = L^T L``, L lower triangular: of the rows of each ``_TOGETHER`` columns
+        the inverse transposed of their square, float32 on the CPU, and that inverse times all
+        before the square, as products take it."""
         flipped = self.damped.double().flip(0, 1)
-        factor: Tensor = torch.linalg.cholesky(flipped, upper=True).flip(0, 1).float()
-        return factor
+        l_KK = torch.linalg.cholesky(flipped, upper=True).flip(0, 1).float()
+        found = list[tuple[Tensor, Tensor]]()
+        for start in range(0, len(l_KK), _TOGETHER):
+            rows_SK = l_KK[start : start + _TOGETHER]
+            inverse_SS = torch.linalg.inv(rows_SK[:, start : start + _TOGETHER])
+            before_SK = (inverse_SS @ rows_SK[:, :start]).to(fast_products(l_KK.device))
+            found.append((inverse_SS.t().contiguous().cpu(), before_SK))
+        return found
 
 
 def quantize_lut(
@@ -324,105 +340,76 @@ def fast_products(device: torch.device) -> torch.dtype:
 
 
 class _State:
-    """A matrix on its way, on the Hessian's device: what its codes stand for, ``q``, what these
-    leave of it, and its scales."""
+    """A matrix on its way, on end: its weights, what its codes stand for, ``q``, and scales; and on
+    the Hessian's device what the codes leave of it."""
 
     def __init__(self, weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, coding: Scales):
-        (N, K), H_KK, block = weight_NK.shape, hessian.damped, coding.block
-        self._native = bindings.load() if H_KK.is_cpu else None
-        self._hessian, self._block, self._levels_L = hessian, block, levels_L.to(H_KK)
-        self._starts = starts_of(levels_L).to(H_KK)
-        self._weight_NK = F.pad(weight_NK.to(H_KK.device), (0, len(H_KK) - K, 0, -N % TILE))
-        self._left_NK = torch.empty_like(self._weight_NK, dtype=fast_products(H_KK.device))
-        self._q_KN = H_KK.new_empty(len(H_KK), len(self._weight_NK))
-        self._scales_XN = H_KK.new_empty(len(H_KK) // block, len(self._weight_NK))
-        importance_K = H_KK.diagonal().cpu().contiguous()
-        first_NX = fit_scales(self._weight_NK.cpu(), importance_K, levels_L, block).to(H_KK)
+        (N, K), H_KK, block = weight_NK.shape, hessian.product, coding.block
+        self._native, self._hessian, self._block = bindings.load(), hessian, block
+        self._sizes = {"B": block, "M": coding.most}
+        self._levels_L, self._starts = levels_L, starts_of(levels_L)
+        weight_NK = F.pad(weight_NK.cpu(), (0, len(H_KK) - K, 0, -N % TILE))
+        importance_K = hessian.damped.diagonal().cpu().contiguous()
+        first_NX = fit_scales(weight_NK, importance_K, levels_L, block, _FEWER)
         self._coding = WholeScales(_ROOM * first_NX, coding.most)
+        self._weight_KN, self._scales_XN = weight_NK.t().contiguous(), first_NX.t().contiguous()
+        self._q_KN = torch.empty_like(self._weight_KN, dtype=torch.float32)
+        self._left_KN = H_KK.new_empty(self._q_KN.shape)
 
     def result(self) -> tuple[Tensor, Tensor, tuple[float, float]]:
         """Codes [N, K], stored scales, and sums of squares of the error and of the weights."""
         self._feed_back()
         for _ in range(ROUNDS if len(self._levels_L) > 8 else ROUNDS + 2):
-            self._descend()
-        levels_L, codes = self._levels_L.cpu(), list[Tensor]()
-        scales_XN = self._scales_XN.split(_TOGETHER // self._block)
-        for q_SN, some_XN in zip(self._q_KN.split(_TOGETHER), scales_XN, strict=True):
-            q_NS, some_NX = (x.t().contiguous().cpu() for x in (q_SN, some_XN))
-            codes.append(assign(q_NS, some_NX, levels_L, self._block))
-        H_KK = self._hessian.damped.to(self._left_NK)
-        some = (x_NK[::MEASURED].to(H_KK) for x_NK in (self._left_NK, self._weight_NK))
-        error, square = ((x @ H_KK).float().mul_(x).sum().item() for x in some)
+            if self._native is not None:
+                self._descend(self._native)
+        codes = list[Tensor]()
+        for _, q_SN, scales_XN in self._parts():
+            q_NS, scales_NX = q_SN.t().contiguous(), scales_XN.t().contiguous()
+            codes.append(assign(q_NS, scales_NX, self._levels_L, self._block))
+        H_KK = self._hessian.product
+        some = (x_KN[:, ::MEASURED].to(H_KK) for x_KN in (self._left_KN, self._weight_KN))
+        error, square = ((H_KK @ x).float().mul_(x).sum().item() for x in some)
         stored = self._coding.stored(self._scales_XN.t().contiguous())
         return torch.cat(codes, dim=1), stored, (error, square)
 
-    def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Columns that see by one product what all others left, with weights, ``q`` and scales."""
-        count = _TOGETHER // self._block
-        parts = self._q_KN.split(_TOGETHER), self._scales_XN.split(count)
-        for index, (q_SN, scales_XN) in enumerate(zip(*parts, strict=True)):
-            columns = slice(index * _TOGETHER, index * _TOGETHER + len(q_SN))
-            w_SN = self._weight_NK[:, columns].t().float().contiguous()
-            yield columns, w_SN, q_SN, scales_XN
-            self._left_NK[:, columns] = (w_SN - q_SN).t()
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Weights, ``q`` and scales of columns that see by one product what all others left."""
+        parts = (x.split(_TOGETHER) for x in (self._weight_KN, self._q_KN, self._left_KN))
+        scales = self._scales_XN.split(_TOGETHER // self._block)
+        for w_SN, q_SN, left_SN, some_XN in zip(*parts, scales, strict=True):
+            yield w_SN, q_SN, some_XN
+            left_SN.copy_(w_SN - q_SN)
 
     def _seen(self, by_SK: Tensor) -> Tensor:
         """The product of rows, as long as the columns that count, with what these left."""
-        left_NK = self._left_NK[:, : by_SK.shape[1]]
-        return (left_NK @ by_SK.to(left_NK.dtype).t()).t().float().contiguous()
+        return (by_SK @ self._left_KN[: by_SK.shape[1]]).float().cpu()
 
     def _feed_back(self) -> None:
         """Round all columns in order."""
-        l_KK, levels_L, round_ = self._hessian.factor, self._levels_L, self._coding.round
-        sizes = {"B": self._block, "M": self._coding.most}
-        for columns, w_SN, q_SN, scales_XN in self._parts():
-            l_SS = l_KK[columns, columns]
-            u_SS = torch.linalg.inv(l_SS).t().contiguous()
-            x_SN = w_SN + u_SS.t() @ self._seen(l_KK[columns, : columns.start])
+        levels_L, starts, round_ = self._levels_L, self._starts, self._coding.round
+        factor_N = self._coding.factor_N1.flatten()
+        parts = zip(self._parts(), self._hessian.feedback, strict=True)
+        for (w_SN, q_SN, scales_XN), (u_SS, before_SK) in parts:
+            x_SN = w_SN + self._seen(before_SK)
             if self._native is not None:
-                given = x_SN, u_SS, self._coding.factor_N1.flatten(), levels_L, self._starts
-                self._native.feed_back.results(*given, scales_XN, q_SN, **sizes)
+                given = x_SN, u_SS, factor_N, levels_L, starts
+                self._native.feed_back.results(*given, scales_XN, q_SN, **self._sizes)
                 continue
             for j, x_N in enumerate(x_SN):
                 if j % self._block == 0:
                     span = slice(j, j + self._block)
-                    importance_B = l_SS[span, span].diagonal().square()
-                    scale_N = fit_blocks(x_SN[span].t(), importance_B, levels_L, self._starts)
+                    importance_B = u_SS.diagonal()[span].square().reciprocal()
+                    scale_N = fit_blocks(x_SN[span].t(), importance_B, levels_L, starts)
                     scales_XN[j // self._block] = scale_N = round_(scale_N)
                 q_SN[j] = levels_L[nearest(x_N * inverse_or_zero(scale_N), levels_L)] * scale_N
                 x_SN[j + 1 :] -= u_SS[j, j + 1 :, None] * ((x_N - q_SN[j]) / u_SS[j, j])
 
-    def _descend(self) -> None:
+    def _descend(self, native: bindings.Kernels) -> None:
         """One round over all blocks: a better scale if there is one, then better codes."""
-        H_KK, levels_L = self._hessian.damped, self._levels_L
-        sizes = {"B": self._block, "M": self._coding.most}
-        for columns, _, q_SN, scales_XN in self._parts():
-            h_SS, gradient_SN = H_KK[columns, columns].contiguous(), self._seen(H_KK[columns])
-            if self._native is not None:
-                given = gradient_SN, h_SS, self._coding.factor_N1.flatten(), levels_L
-                self._native.descend.results(*given, scales_XN, q_SN, **sizes)
-                continue
-            for j in range(len(q_SN)):
-                if j % self._block == 0:
-                    span = slice(j, j + self._block)
-                    scale_N = self._rescale(q_SN[span], gradient_SN, h_SS[:, span], span, scales_XN)
-                wanted_N = q_SN[j] + gradient_SN[j] / h_SS[j, j]
-                new_N = levels_L[nearest(wanted_N * inverse_or_zero(scale_N), levels_L)] * scale_N
-                gradient_SN[j + 1 :] -= h_SS[j, j + 1 :, None] * (new_N - q_SN[j])
-                q_SN[j] = new_N
-
-    def _rescale(
-        self, q_BN: Tensor, gradient_SN: Tensor, h_SB: Tensor, span: slice, scales_XN: Tensor
-    ) -> Tensor:
-        """The block's scale, a better one if there is one; ``q`` and the gradient follow."""
-        scale_N = scales_XN[span.start // self._block]
-        values_BN = q_BN * inverse_or_zero(scale_N)
-        pull_SN = h_SB @ values_BN
-        slope_N = (values_BN * gradient_SN[span]).sum(0)
-        curve_N = (values_BN * pull_SN[span]).sum(0)
-        new_N = self._coding.round(scale_N + slope_N * inverse_or_zero(curve_N))
-        step_N = new_N - scale_N
-        gains = (step_N * (step_N * curve_N - 2 * slope_N) < 0) & (new_N != 0)
-        gradient_SN -= pull_SN * torch.where(gains, step_N, 0.0)
-        q_BN.copy_(torch.where(gains, values_BN * new_N, q_BN))
-        return scale_N.copy_(torch.where(gains, new_N, scale_N))
+        factor_N, H_KK = self._coding.factor_N1.flatten(), self._hessian.damped
+        rows = zip(self._parts(), self._hessian.product.split(_TOGETHER), strict=True)
+        for index, ((_, q_SN, scales_XN), by_SK) in enumerate(rows):
+            columns = slice(index * _TOGETHER, index * _TOGETHER + len(by_SK))
+            h_SS = H_KK[columns, columns].cpu().contiguous()
+            given = self._seen(by_SK), h_SS, factor_N, self._levels_L
+            native.descend.results(*given, scales_XN, q_SN, **self._sizes)
