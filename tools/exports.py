@@ -295,10 +295,10 @@ def quantize_command(
 
     --calibrate reads text like what the model will read and write.  Codes of --codec lut are made
     so that outputs on that text lose least: the text goes through the checkpoint layer by layer,
-    which takes minutes to hours, said beforehand, and a killed run resumes at its layer.  100,000
-    tokens (half a megabyte) do well, of every kind of text that the model will meet: other kinds
-    lose more.  From the hub weight files then come layer by layer, and stay until no layer needs
-    them.
+    which takes minutes to hours, said beforehand, and a killed run resumes at its layer.  Some
+    12,000 tokens (60 kB) of it are read, evenly spread: give every kind of text that the model
+    will meet, for other kinds lose more.  From the hub weight files then come layer by layer, and
+    stay until no layer needs them.
 
     \b
     Examples:

@@ -49,7 +49,7 @@ from slotmoe.quant.export.writer import replace_file
 from slotmoe.quant.shapes import Activation
 from slotmoe.state import plain_row
 
-MIN_TOKENS, MAX_TOKENS = 5000, 1 << 15  # more move the Hessians little
+MIN_TOKENS, MAX_TOKENS = 5000, 3 << 13  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
 _GRAIN = 256  # an expert's tokens are filled up to a multiple of this
 _WAY = 3  # of making codes: what was begun or made in another way is not gone on with
@@ -78,7 +78,7 @@ def read_windows(texts: Sequence[Path], tokenizer: Tokenizer, positions: int) ->
     tokenizer's beginning.  Raises ``ConfigError`` like ``read_text``, or for too few tokens."""
     files = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
     if (count := sum(map(len, files))) < MIN_TOKENS:
-        needed = f"calibration needs {MIN_TOKENS} or more (100,000 do well)"
+        needed = f"calibration needs {MIN_TOKENS} or more (15,000 do well)"
         raise ConfigError(f"{', '.join(map(str, texts))}: {count} tokens of text, {needed}")
     begin = tokenizer.begin
     step = min(WINDOW, positions) - len(begin)
@@ -177,7 +177,7 @@ class Calibration:
         # With attention and the Hessians.
         read = 2.5 * tokens * moe * (c.num_experts_per_tok + c.n_shared_experts) * expert
         width = (2 * c.hidden_size + c.moe_intermediate_size) / 3
-        coded = 9 * moe * c.n_routed_experts * expert * width
+        coded = 7 * moe * c.n_routed_experts * expert * width
         text, codes = (f"{math.ceil(2 * work / rate / 60)} min" for work in (read, coded))
         what = f"{tokens} tokens of text go through {len(self.remaining)} layers"
         times = f"about {text} for the text and {codes} for the codes"
