@@ -86,7 +86,7 @@ def test_packages_import_only_what_they_may(heavy):
     assert not wrong, "\n".join(wrong)
 
 
-def test_one_package_knows_what_systems_do():
+def test_one_package_knows_what_systems_do(heavy):
     """No other module imports what only some have, or reads Linux's own folder."""
     names = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "msvcrt", "winreg"}
     for path in FILES:
@@ -98,7 +98,7 @@ def test_one_package_knows_what_systems_do():
             assert not re.search(unsaid, path.read_text()), path
 
 
-def test_no_import_circles():
+def test_no_import_circles(heavy):
     """Imports under ``TYPE_CHECKING`` and inside functions count as well."""
     graph = {name: imported(path) & set(MODULES) - {name} for name, path in MODULES.items()}
     try:
@@ -113,7 +113,7 @@ def test_modules_are_not_imported_by_their_folders_names():
     assert not [str(path) for path in [*FILES, *TESTS] if wrong.search(path.read_text())]
 
 
-def test_files_and_functions_are_short():
+def test_files_and_functions_are_short(heavy):
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in TESTS}
     long = [path for path, count in lines.items() if count > MAX_TEST_FILE_LINES]
     for path in FILES:
@@ -165,7 +165,7 @@ except SystemExit as stopped:
     assert "pip install 'slotmoe[serve]'" in done.stderr
 
 
-def test_dependencies_are_declared():
+def test_dependencies_are_declared(heavy):
     """What the packages import is a dependency or belongs to an extra of ``EXTRAS``."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -106,6 +106,9 @@ def test_text_is_bitwise_that_without_drafts(
         passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
         assert passes + accepted == 39 and accepted >= 13
         assert slots is None or runtime.stats()["prefetch"]["layer"]["guessed"] > 0
+        monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: False)
+        assert text_of(runtime, **options) == want  # it is asked once: what pays may change
+        assert [*map(len, runtime.model.head.head.texts[-2:])] == [12, 45]
         whole(runtime)
 
 

@@ -165,12 +165,15 @@ class Engine(RuleBasedStateMachine):
 
 
 def test_a_record_that_is_read_twice_at_once_is_kept_once():
-    """As the host tier may."""
+    """As the host tier may.  And a guess outlives the layer before its own."""
     cache = make_cache("lru", CHOSEN, ROWS, EXPERTS)
-    store = Slots(Disk(Random(0)), cache, CHOSEN, CHOSEN, BYTES, Device()).store
-    for slot in (store.take(0), store.take(0)):
-        store.move(slot, STALE)
-    sound(store)
+    slots = Slots(Disk(Random(0)), cache, CHOSEN + 1, CHOSEN, BYTES, Device())
+    assert slots.prefetch(EXPERTS, 1)
+    slots.release()
+    assert EXPERTS in slots
+    for slot in (slots.store.take(0), slots.store.take(0)):
+        slots.store.move(slot, STALE)
+    sound(slots.store)
 
 
 @states.SIZES

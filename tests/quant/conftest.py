@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from slotmoe.quant.kernels.vulkan import Vulkan
-from tests.support.kernels import ISAS, native
+from tests.support.kernels import FAST, ISAS, native
 
-FAST = ("portable", native and native.isa)  # plain C++, and what this machine uses
 SETS = [pytest.param(isa, marks=[] if isa in FAST else pytest.mark.full) for isa in ISAS]
 
 

@@ -24,6 +24,7 @@ from tests.support.codes import parts_of, quantize_coded, random_codes
 from tests.support.kernels import (
     CLAMPED,
     CODECS,
+    FAST,
     ISAS,
     LEVELS,
     TWO_DIGITS,
@@ -146,7 +147,7 @@ def expert(how, x, gate, up, down, *biases):
 
 @pytest.mark.parametrize(
     ("kernels", "choice", "sizes", "how"),
-    nth(5, product(ISAS, CHOICES, [(256, 192), (100, 33)], [SWIGLU, CLAMPED])),
+    nth(5, product(ISAS, CHOICES, [(256, 192), (100, 33)], [SWIGLU, CLAMPED]), FAST),
     indirect=["kernels"],
 )
 def test_experts(kernels, choice, sizes, how):

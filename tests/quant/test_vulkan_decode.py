@@ -247,7 +247,7 @@ def test_the_network(device, name):
 
 
 @pytest.mark.parametrize("name", ["v2", "qwen3"])
-def test_the_bits_of_a_row(device, name):
+def test_the_bits_of_a_row(heavy, device, name):
     """Alone, among others of its and of other sequences, and again; wherever records lie."""
     one, other = (OnDevice(device, *MODELS[name], far=far) for far in ((1, 3), range(8)))
     turns = [[(0, at) for at in range(8)], [(s, 0) for s in (0, 1, 2)], [(0, 1), (1, 1), (0, 2)]]

@@ -24,6 +24,7 @@ native = qk.load()
 BACKEND = native and NativeBackend(native)
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built")
 ISAS = native.isas if native else ()
+FAST = ("portable", native and native.isa)  # plain C++, and what this machine uses
 TWO_DIGITS = tuple(isa for isa in ISAS if isa.startswith("amx"))  # activations have everywhere
 
 NF4S = EXPERT_CODECS["nf4", "4"]

@@ -134,7 +134,7 @@ def test_doctor_and_plan_ask_in_a_process_of_their_own(heavy, seen, program, slo
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is here")
 @pytest.mark.parametrize(("code", "told"), [(803, "an NVIDIA GPU is not used: "), (100, "")])
 def test_a_driver_that_does_not_start_is_a_gpu_that_is_not_used(
-    slotmoe, tmp_path, monkeypatch, code, told
+    processes, slotmoe, tmp_path, monkeypatch, code, told
 ):
     """As after its update, until the machine is started again."""
     source, library = tmp_path / "driver.c", tmp_path / "driver.so"
