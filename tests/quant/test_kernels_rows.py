@@ -162,7 +162,7 @@ OTHERS |= {"streams": streams, "stored": stored}
 OPS = {**{name: (make, 520) for name, make in LINEARS.items()}, "experts": (experts, 400)}
 OPS |= {name: (make, 40) for name, make in OTHERS.items()}
 EDGES = {0: (1, 2, 3, 9, 17, 33, 131), 126: (1, 2, 5), 390: (9,), 510: (1, 4)}
-EDGES |= {5: (1, 4, 8, 16), 31: (1, 2, 9)}
+EDGES |= {5: (1, 4, 6, 7, 8, 16), 31: (1, 2, 9)}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -352,17 +352,15 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
     job.each(rows, [&](int, int64_t row) {
         quantize(gate + row * i, i, row, out_levels.offset, act, act_factor);
     });
-    job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
-        for (int64_t p = 0; p < count; p++) {
-            const Part& part = parts[p];
-            by.coded_tiles(part.expert.down, out_levels, act + part.first * act_blocks, act_factor + part.first,
-                            part.rows, begin, end, outs + part.first * h, h);
-        }
+    job.each_part(count, up_to(h, kTile), [&](int, int64_t p, int64_t begin, int64_t end) {
+        const Part& part = parts[p];
+        by.coded_tiles(part.expert.down, out_levels, act + part.first * act_blocks, act_factor + part.first, part.rows,
+                       begin, end, outs + part.first * h, h);
         const int64_t column = begin * kTile, columns = (end * kTile < h ? end * kTile : h) - column;
-        for (int64_t row = 0; row < rows; row++) {
+        for (int64_t row = part.first; row < part.first + part.rows; row++) {
             float* out = y + uses[row].out * h + column;
             memcpy(out, outs + row * h + column, size_t(columns) * sizeof(float));
-            add(parts[part_of[row]].expert.down_bias, column, columns, out);
+            add(part.expert.down_bias, column, columns, out);
         }
     });
 }

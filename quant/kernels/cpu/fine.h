@@ -66,40 +66,32 @@ inline void write_fine(const int32_t* high, const int32_t* low, const Int8Matrix
     });
 }
 
-// `Tokens` tokens by `Tiles` neighbouring tiles at a time. Few tokens have several sums side by side, or each instruction
-// would wait for the one before.
-template <int Tiles, int Tokens>
+// `Tokens` tokens. Few have several sums side by side, or each instruction would wait for the one before.
+template <int Tokens>
 SLOTMOE_NOINLINE void fine_tokens(const Int8Matrix& w, const FineBlock* x, const double* factor, int64_t t,
                                   int64_t begin, int64_t end, bool ahead, float* y, int64_t ldy) {
-    constexpr int kAll = Tiles * Tokens * 2, kChains = Lanes::kTokensAtOnce == 4 && Tokens < 3 ? 4 / Tokens : 1;
+    constexpr int kAll = Tokens * 2, kChains = Lanes::kTokensAtOnce == 4 && Tokens < 3 ? 4 / Tokens : 1;
     const bool past = past_l2();
-    const int64_t apart = w.blocks * kTile * kBlock;
-    const int8_t* packed = w.packed + begin * apart;
-    for (int64_t tile = begin; tile < end; tile += Tiles, packed += (Tiles - 1) * apart) {
+    const int8_t* packed = w.packed + begin * w.blocks * kTile * kBlock;
+    for (int64_t tile = begin; tile < end; tile++) {
         Lanes::I dots[kAll][kChains];
         const FineBlock *last = x + (w.blocks - 1) * t, *block = x;
 #pragma GCC unroll 16
         for (int i = 0; i < kAll; i++)
 #pragma GCC unroll 4
             for (int chain = 0; chain < kChains; chain++)
-                dots[i][chain] = Lanes::start(chain ? 0 : -Lanes::kWeightOffset * last[i / 2 % Tokens].sum[i % 2]);
+                dots[i][chain] = Lanes::start(chain ? 0 : -Lanes::kWeightOffset * last[i / 2].sum[i % 2]);
         for (int64_t b = 0; b < w.blocks; b++, packed += kTile * kBlock, block += t) {
 #pragma GCC unroll 16
             for (int c = 0; c < 16; c++) {
-                W of[Tiles];
-#pragma GCC unroll 2
-                for (int a = 0; a < Tiles; a++) of[a] = Lanes::weights(packed + a * apart + 64 * c);
-#pragma GCC unroll 8
-                for (int i = 0; i < 2 * Tokens; i++)
-#pragma GCC unroll 2
-                    for (int a = 0; a < Tiles; a++) {
-                        Lanes::I& dot = dots[2 * Tokens * a + i][c % kChains];
-                        const int8_t* x4 = block[i / 2].digit[i % 2] + 4 * c;
-                        dot = Tiles > 1 ? Lanes::dot(dot, of[a], x4) : SLOTMOE_DOT_ONCE(dot, of[a], x4);
-                    }
+                const W of = Lanes::weights(packed + 64 * c);
+#pragma GCC unroll 16
+                for (int i = 0; i < kAll; i++) {
+                    Lanes::I& dot = dots[i][c % kChains];
+                    dot = SLOTMOE_DOT_ONCE(dot, of, block[i / 2].digit[i % 2] + 4 * c);
+                }
             }
-            for (int a = 0; a < Tiles && ahead; a++)
-                prefetch_lines<kTile * kBlock, Tiles == 1>(packed + a * apart + kPrefetch, past);
+            if (ahead) prefetch_lines<kTile * kBlock, true>(packed + kPrefetch, past);
         }
         alignas(64) int32_t sums[kAll][kTile];
         for (int i = 0; i < kAll; i++) {
@@ -107,27 +99,28 @@ SLOTMOE_NOINLINE void fine_tokens(const Int8Matrix& w, const FineBlock* x, const
                 dots[i][0] = Lanes::add_bytes(dots[i][0], reinterpret_cast<const uint8_t*>(&dots[i][chain]));
             memcpy(sums[i], &dots[i][0], sizeof sums[i]);
         }
-        for (int i = 0; i < kAll; i += 2)
-            write_fine(sums[i], sums[i + 1], w, tile + i / 2 / Tokens, factor[i / 2 % Tokens],
-                       y + i / 2 % Tokens * ldy);
+        for (int i = 0; i < Tokens; i++) write_fine(sums[2 * i], sums[2 * i + 1], w, tile, factor[i], y + i * ldy);
     }
+}
+
+template <int Tokens>
+constexpr decltype(&fine_tokens<1>) fine_run(int64_t count) {
+    if constexpr (Tokens > 1)
+        if (count < Tokens) return fine_run<Tokens - 1>(count);
+    return fine_tokens<Tokens>;
 }
 
 // Up to kFineColumns, and few tokens.
 void fine_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
                 float* y, int64_t ldy) {
+    constexpr int kMost = Lanes::kTokensAtOnce == 4 ? 8 : Lanes::kTokensAtOnce;  // whose sums the registers hold
     const FineBlock* x = static_cast<const FineBlock*>(blocks);
-    constexpr int kAtOnce = Lanes::kTokensAtOnce, kTiles = Lanes::kTilesAtOnce;
-    constexpr decltype(&fine_tokens<1, 1>) kRuns[] = {
-        fine_tokens<1, 1>, fine_tokens<1, (kAtOnce < 2 ? kAtOnce : 2)>, fine_tokens<1, (kAtOnce < 3 ? kAtOnce : 3)>,
-        fine_tokens<1, kAtOnce>};
-    if (t == 1) return kRuns[0](w, x, factor, t, begin, end, true, y, ldy);
-    for (int64_t i = begin, tiles; i < end; i += tiles) {
-        tiles = t < kManyTokens || end - i < kTiles ? 1 : kTiles;
-        for (int64_t token = 0, count; token < t; token += count) {
-            count = t - token < kAtOnce ? t - token : kAtOnce;
-            (tiles > 1 && count == kAtOnce ? fine_tokens<kTiles, kAtOnce> : kRuns[count - 1])(
-                w, x + token, factor + token, t, i, i + tiles, token == 0, y + token * ldy, ldy);
+    const int64_t runs = (t + kMost - 1) / kMost;
+    for (int64_t i = begin, next; i < end; i = next) {
+        next = runs == 1 ? end : i + 1;
+        for (int64_t token = 0, count, left = runs; token < t; token += count, left--) {
+            count = (t - token + left - 1) / left;
+            fine_run<kMost>(count)(w, x + token, factor + token, t, i, next, token == 0, y + token * ldy, ldy);
         }
     }
 }

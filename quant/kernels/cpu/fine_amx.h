@@ -9,7 +9,7 @@
 namespace slotmoe {
 namespace {
 
-constexpr int64_t kTileTokens = 4;  // from here on tiles are faster, of codes
+constexpr int64_t kTileTokens = 8;  // from here on tiles are faster, of int8; of codes from 6 on
 constexpr int kGroup = 8;           // tiles of tokens that pass over unpacked weights
 constexpr int kChunk = 4;           // blocks whose activations and unpacked weights stay in the first-level cache
 constexpr int kPanel = 64;          // tiles of float sums that stay in the second-level one
@@ -56,7 +56,8 @@ inline void int8_sums(const int8_t* w0, const int8_t* w1, const FineBlock* x, in
 
 void int8_by_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
                    float* y, int64_t ldy) {
-    if (t < kTileTokens) return fine_tiles(w, blocks, factor, t, begin, end, y, ldy);
+    const int64_t fewest = w.blocks < 16 ? kTileTokens + 1 : kTileTokens;
+    if (t < fewest) return fine_tiles(w, blocks, factor, t, begin, end, y, ldy);
     const FineBlock* x = static_cast<const FineBlock*>(blocks);
     const TokenTiles tokens(t);
     alignas(64) int32_t sums[4][kTileSums];
@@ -100,7 +101,7 @@ SLOTMOE_NOINLINE void coded_tokens(At at, const FineBlock* x, int64_t t, int64_t
         Lanes::I dots[Tokens][2][2] = {};  // two sums of a digit side by side
         const auto add = [&] {
             const auto both = [](const Lanes::I* two) { return _mm512_add_epi32(two[0], two[1]); };
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int token = 0; token < Tokens; token++)
                 total[token] = add_piece(both(dots[token][0]), both(dots[token][1]), scale, total[token]);
         };
@@ -115,14 +116,14 @@ SLOTMOE_NOINLINE void coded_tokens(At at, const FineBlock* x, int64_t t, int64_t
                 if (p % kPairs == 0) {
                     if (b || p) add();
                     scale = scales[p / kPairs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int token = 0; token < Tokens; token++) {
                         const int32_t* bias = block[token].bias;
                         dots[token][0][0] = dots[token][0][1] = dots[token][1][1] = Lanes::start(0);
                         dots[token][1][0] = Lanes::start(kParts == 2 ? bias[p / kPairs] : bias[0] + bias[1]);
                     }
                 }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
                 for (int k = 0; k < 4 * Tokens; k++) {
                     Lanes::I& dot = dots[k / 4][k / 2 % 2][k % 2];
                     dot = Lanes::dot_once(dot, w[k % 2], block[k / 4].digit[k / 2 % 2] + 8 * p + 4 * (k % 2));
@@ -218,6 +219,8 @@ inline void multiply(At at, const FineBlock* x, int64_t t, int64_t blocks, int64
     if (t == 1) return coded_tokens<Tile, 1>(at, x, t, blocks, begin, end, finish);
     if (t == 2) return coded_tokens<Tile, 2>(at, x, t, blocks, begin, end, finish);
     if (t == 3) return coded_tokens<Tile, 3>(at, x, t, blocks, begin, end, finish);
+    if (t == 4) return coded_tokens<Tile, 4>(at, x, t, blocks, begin, end, finish);
+    if (t == 5) return coded_tokens<Tile, 5>(at, x, t, blocks, begin, end, finish);
     alignas(64) float totals[kPanel][kTileSums];
     const TokenTiles tokens(t);
     const auto run = tokens.rows == 16   ? multiply_pieces<kParts, 16>

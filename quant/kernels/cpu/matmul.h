@@ -16,7 +16,6 @@ using W = Lanes::W;
 
 // tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
 constexpr int kTokens = 128;
-constexpr int kManyTokens = 4;     // from here on two tiles share the loads of activations
 constexpr int kPrefetch = 6144;    // bytes ahead
 constexpr int kPages = 16384;      // where lines start the processor's own prefetching of a page,
 constexpr int kStarts = 256;       // one of so many bytes (decode is 2 to 5% faster than with one of 1,024)
@@ -69,7 +68,7 @@ template <int Bits, class Scales>
 struct CodedTile {
     static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts, kSums = Scales::kSums;
     static constexpr int kLow = Bits == 2 ? 2 : Bits > 4 ? Bits - 4 : 0;  // bits of the plane with fewer than 4
-    static constexpr int kAhead = kPrefetch / kBytes;
+    static constexpr int kAhead = kPrefetch / kBytes, kFew = 4;
     const uint8_t *codes, *scales;
     Lanes::Table table;
     bool past;  // past_l2()
@@ -104,7 +103,7 @@ struct CodedTile {
 };
 
 struct Int8Tile {
-    static constexpr int kBytes = 1024, kParts = 1, kSums = 1, kAhead = kPrefetch / kBytes;
+    static constexpr int kBytes = 1024, kParts = 1, kSums = 1, kAhead = kPrefetch / kBytes, kFew = 8;
     const int8_t* packed;
     bool past;  // past_l2()
 
@@ -171,6 +170,40 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
     }
     if (kLater) add(x[blocks - 1]);
     return total;
+}
+
+// As one_token, of a few tokens: a weight is looked up for all of them, and memory is read as evenly.
+template <class Tile, int Tokens>
+SLOTMOE_NOINLINE void few_tokens(Tile tile, const ActBlock* x, int64_t blocks, float* totals) {
+    F total[Tokens] = {}, sums[Tokens], scales[Tile::kParts];
+    for (int64_t b = 0; b < blocks; b++, tile.next(), x += Tokens) {
+        tile.load_scales(scales);
+#pragma GCC unroll 4
+        for (int j = 0; j < kXScales; j++) {
+            W w[4];
+            tile.pair(2 * j, w[0], w[1]), tile.pair(2 * j + 1, w[2], w[3]);
+#pragma GCC unroll 8
+            for (int i = 0; i < Tokens; i++) {
+                Lanes::I dot = Lanes::start(x[i].bias[j]);
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) dot = SLOTMOE_DOT_ONCE(dot, w[c], x[i].q + 16 * j + 4 * c);
+                const F d = Tile::number(dot, scales[j / kOfScale<Tile>]), s = Lanes::broadcast(x[i].scale[j]);
+                sums[i] = j % kShare<Tile> == 0 ? Lanes::mul(d, s) : Lanes::fma(d, s, sums[i]);
+                if ((j + 1) % kShare<Tile> == 0) total[i] = Tile::accumulate(total[i], sums[i], scales[j / kShare<Tile>]);
+            }
+        }
+        tile.prefetch();
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Tokens; i++) Lanes::store(totals + i * kTile, total[i]);
+}
+
+// What multiplies so many tokens, up to Most.
+template <class Tile, int Most>
+constexpr decltype(&few_tokens<Tile, 1>) run_of(int64_t tokens) {
+    if constexpr (Most > 2)
+        if (tokens < Most) return run_of<Tile, Most - 1>(tokens);
+    return few_tokens<Tile, Most>;
 }
 
 // One block of `Tiles` tiles, decoded, for `Tokens` tokens: each weight that is loaded serves all tokens, each
@@ -253,6 +286,7 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 template <class Tile, class At, class Finish>
 inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
     constexpr int kTiles = Lanes::kTilesAtOnce;
+    constexpr int kFew = kTiles == 1 ? 1 : Tile::kFew;  // others' registers hold too little
     // Where registers pass in halves, multiply-adds bind instead of loads.
     const bool halves = kTiles > 1 && in_halves();
     alignas(64) float totals[kTiles * kTokens * kTile];
@@ -263,10 +297,19 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
         }
         return;
     }
+    if constexpr (kFew > 1)
+        if (t <= kFew) {
+            const auto run = run_of<Tile, kFew>(t);
+            for (int64_t i = begin; i < end; i++) {
+                run(at(i), x, blocks, totals);
+                for (int64_t token = 0; token < t; token++) finish(token, i, totals + token * kTile);
+            }
+            return;
+        }
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t n = t - first < kTokens ? t - first : kTokens;
         for (int64_t i = begin, tiles; i < end; i += tiles) {
-            tiles = n < kManyTokens || end - i < kTiles || halves ? 1 : kTiles;
+            tiles = n <= kFew || end - i < kTiles || halves ? 1 : kTiles;
             if (tiles == 1)
                 many_tokens<Tile, 1>(at, i, x + first, t, n, blocks, totals);
             else
