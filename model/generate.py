@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, starmap
+from operator import attrgetter
 from struct import Struct
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
 from slotmoe.quant.kernels.cpu.bindings import load
 
 _SCORED = Struct("<if")  # an id and its log-probability, float32 as logits are
+_OWN_TEXT = attrgetter("text")
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
@@ -267,10 +269,10 @@ class Answer:
 
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
-        text = _text(self._held)
         if not (self._stops.strings or self._stops.calls):  # as most often
             released, self._held = tuple(self._held), []
-            return Delta(text, released, None, None, "", self.stream.complete)
+            return Delta(_text(released), released, complete=self.stream.complete)
+        text = _text(self._held)
         if stopped := self._stopped(text, False):
             return stopped
         before = len(self._stops.text_before_calls(text, False))
@@ -302,4 +304,4 @@ def _ends(tokens: Sequence[Token]) -> list[int]:
 
 
 def _text(tokens: Sequence[Token]) -> str:
-    return "".join([token.text for token in tokens])
+    return "".join(map(_OWN_TEXT, tokens))

@@ -151,12 +151,13 @@ class Network:
             h_TD = self._unread_0D if unread else self.backend.embed(ids_T, self.embed_tokens)
             if self.config.hyper is not None and not embeds:
                 h_TD = h_TD.repeat(1, self.config.hyper.mult)
-        chunks, ends = [], [*accumulate(counts, initial=0)]
+        chunks = list[Chunk]()
         for start in range(0, T, size):
             of: Sequence[Any] = states, [0] * len(states), counts
             h_CD, ids_C = h_TD, ids_T
             if (stop := min(start + size, T)) - start < T:
                 h_CD, ids_C = h_TD[start:stop], ids_T[start:stop]
+                ends = [*accumulate(counts, initial=0)]
                 parts = [  # a sequence, its tokens before this chunk, and those in it
                     (state, max(start, first) - first, min(end, stop) - max(start, first))
                     for state, first, end in zip(states, ends, ends[1:], strict=False)
@@ -183,10 +184,7 @@ class Network:
 
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer, or of
-        several; of all that a pass gave, until the next one."""
-        ended_TD, logits_TV = self._ended
-        if h_TD is ended_TD and logits_TV is not None:
-            return logits_TV
+        several."""
         if self._mixing is not None and self._geometry.hyper is not None:
             h_TD = self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
         how = self.norm, self.config.rms_norm_eps, self.lm_head
@@ -196,14 +194,16 @@ class Network:
         return logits_TV
 
     def head_each(self, h_TD: Tensor) -> Tensor:
-        """``head``, each row bitwise what it gives alone.  torch multiplies a tied head, and its
-        product of several rows differs from that of one in the last bit."""
-        if h_TD is not self._ended[0] or self._ended[1] is None:
-            by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
-            most = 1 if by_torch else self.rows or len(h_TD)
-            if len(h_TD) > most:
-                return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(most)])
-        return self.head(h_TD)
+        """``head``, each row bitwise what it gives alone; of all that a pass gave, until the next
+        one.  torch multiplies a tied head, and its product of several rows differs from that of one
+        in the last bit."""
+        ended_TD, logits_TV = self._ended
+        if h_TD is ended_TD and logits_TV is not None:
+            return logits_TV
+        by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
+        most = 1 if by_torch else self.rows or len(h_TD)
+        parts = h_TD.split(most) if len(h_TD) > most else [h_TD]
+        return torch.cat([*map(self.head, parts)]) if len(parts) > 1 else self.head(h_TD)
 
 
 class MtpHead:
@@ -247,7 +247,7 @@ class MtpHead:
         shared |= {name: weight for name, weight in mixing.items() if weight is not None}
         behind = _LastLayer(experts, layer, main.config.n_routed_experts)
         self._network = Network(self.config, own | shared, main.backend, behind, chunk_tokens)
-        self.head = self._network.head
+        self.head = self._network.head_each
 
     def forward(self, hidden_RD: Tensor, ids_R: Tensor, state: SequenceState) -> Tensor:
         """Append rows to ``state``: ``hidden_RD``, float32, is the residual stream after the main

@@ -247,10 +247,6 @@ class Batch:
             try:
                 piece = answer.take(logits_V)
                 self.totals.answer_tokens += len(answer.ids) - before
-                if piece.finish is None and row.sequence.length == self._model.plan.context:
-                    rest = answer.end("length")
-                    text, tokens = piece.text + rest.text, piece.tokens + rest.tokens
-                    piece = rest._replace(text=text, tokens=tokens)
                 if piece.finish is None:
                     request.emit(piece)
             except Exception as problem:  # of the sampler, or of who gets the answer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slotmoe.model.attention import new_state
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.policy.passes import MEMORY, MOST_DRAFTED, RATE, Drafting, NGrams
+from slotmoe.offload.policy.passes import MEMORY, MOST_DRAFTED, RATE, Draft, Drafting, NGrams
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.sizes import format_size
 from slotmoe.state import SequenceState
@@ -67,7 +67,7 @@ class HeadDrafts:
         self._tokens = tokens
         return stream_RD
 
-    def draft(self, tokens: list[int], hidden_RD: Tensor) -> tuple[list[int], list[float]]:
+    def draft(self, tokens: list[int], hidden_RD: Tensor) -> Draft:
         """The token that is expected behind ``tokens``, and how likely it is; none where asking
         does not pay.  ``hidden_RD`` as in ``read``."""
         if self._expected is not None and self._expected[0] < len(tokens):
@@ -76,14 +76,14 @@ class HeadDrafts:
             self._chance += ((tokens[place] == token) - self._chance) / (self._counted + 1)
         self._expected, self._waited = None, self._waited + 1
         if self._waited <= _AGAIN and not self._drafting.pays(self._chance, self._seconds):
-            return [], []
+            return []
         started = time.perf_counter()
         stream_RD = self.read(tokens, hidden_RD)
         expected = int(self._compute(lambda: self._head.head(stream_RD))[-1].argmax())
         spent = time.perf_counter() - started
         self._expected, self._waited = (len(tokens), expected), 0
         self._seconds += RATE * (spent - self._seconds) if self._seconds else spent
-        return [expected], [self._chance]
+        return [(expected, self._chance)]
 
 
 class Sequence:
@@ -126,15 +126,15 @@ class Sequence:
         if self.hidden_RD is not None:
             self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
 
-    def draft(self, id: int, most: int) -> tuple[list[int], list[float]]:
+    def draft(self, id: int, most: int) -> Draft:
         """What may come behind ``id``, as far as there is room, and how likely each token is."""
-        room = self.state.context - self.length - 1
+        room = self.state.context - len(self.tokens) - 1
         if self._head is None:
             self._ngrams.read(self.tokens, id, self._anew)
             self._anew = False
             return self._ngrams.draft(min(most, room))
         if room < 1 or self.hidden_RD is None:
-            return [], []
+            return []
         return self._head.draft([*self.tokens, id], self.hidden_RD.clone())
 
     def mark(self, length: int) -> None:
@@ -209,28 +209,30 @@ class Passes:
         """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
         if (timer := self._model.network.timer) is not None:
             timer.begin()
-        started = time.perf_counter()
+        began, drafting, drafted = time.perf_counter(), self.drafting, 0
         prompts = [row for row in rows if row.is_prompt]
         decoding = [row for row in rows if not row.is_prompt] if prompts else rows
-        read = sum(len(row.ids) for row in prompts)
+        read = sum(len(row.ids) for row in prompts) if prompts else 0
         # With more rows the pass would go another way, and give other bits.
         room = self._model.network.rows - read - len(decoding)
-        if self.drafting is not None and decoding and room > 0:
-            drafts = [row.sequence.draft(row.ids[0], self.drafting.most) for row in decoding]
-            if any(tokens for tokens, _ in drafts):
-                lengths = self.drafting.lengths([chances for _, chances in drafts], room)
-                for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):
-                    row.draft = tokens[:length]
+        if drafting is not None and decoding and room > 0:
+            drafts = [row.sequence.draft(row.ids[0], drafting.most) for row in decoding]
+            if any(drafts):
+                chances = [[chance for _, chance in draft] for draft in drafts]
+                lengths = drafting.lengths(chances, room)
+                drafted = sum(lengths)
+                for row, draft, length in zip(decoding, drafts, lengths, strict=True):
+                    row.draft = [token for token, _ in draft[:length]]
         drafted_at = time.perf_counter()
         self._run(rows, prompts)
-        if self.drafting is not None and decoding:
-            count = sum(1 + len(row.draft) for row in decoding)
-            seconds = None if read else time.perf_counter() - drafted_at
-            self.drafting.measured(count, count - len(decoding), seconds)
+        ended = time.perf_counter()
+        if drafting is not None and decoding:
+            seconds = None if read else ended - drafted_at
+            drafting.measured(len(decoding) + drafted, drafted, seconds)
         kind = "prefill" if read else "decode"
         self.tokens["prefill_tokens"] += read
         self.tokens["decode_tokens"] += len(decoding)
-        self.seconds[f"{kind}_seconds"] += time.perf_counter() - started
+        self.seconds[f"{kind}_seconds"] += ended - began
         if timer is not None:
             timer.end(kind, read + len(decoding))
 

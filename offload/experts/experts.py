@@ -194,15 +194,16 @@ class Experts:
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
-        first, (M, T, K) = bisect_left(self._layers, layer), indices_MTK.shape
-        self._pass.reach(first + M - 1, T)
+        first = bisect_left(self._layers, layer)
+        end = first + len(indices_MTK)
+        self._pass.reach(end - 1, indices_MTK.size(1))
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
-            self._cache.hits += M * T * K
+            self._cache.hits += indices_MTK.numel()
         else:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
             seen_MTD = chosen.others()[0].numpy() if inputs else None
-            ids_MTK = chosen.get().numpy() + self._firsts_M11[first : first + M]
+            ids_MTK = chosen.get().numpy() + self._firsts_M11[first:end]
             self._missed_N = self._cache.use(ids_MTK, 0, seen_MTD)
             heard = chosen.get().tolist() if self._listeners or self.lookahead is not None else []
             for moe_layer, indices in enumerate(heard, first):
@@ -211,7 +212,7 @@ class Experts:
                 self._tell(Route(moe_layer, indices, len(uses) - missing, missing, 0, None))
                 if self.lookahead is not None:
                     self.lookahead.chosen(moe_layer, uses, 0)
-        self._end_of_layer(first + M - 1)
+        self._end_of_layer()
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         moe_layer = bisect_left(self._layers, layer)
@@ -227,7 +228,7 @@ class Experts:
             if self.hybrid is not None:
                 self.hybrid.end()
         y_TD = self._backend.weighted_sum(y_TKD, weights_TK)
-        self._end_of_layer(moe_layer)
+        self._end_of_layer()
         return y_TD
 
     # What a layer needs
@@ -279,9 +280,9 @@ class Experts:
             self._tell(Route(moe_layer, indices, hits, len(missing), coming, x_TD, behind))
         if self.lookahead is not None:
             self.lookahead.guess_layer(moe_layer, x_TD)
-        seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
-        # The disk is at work by now, or the link.
-        self._cache.use_chunk(moe_layer, indices, self._pass.later, seen_TD)
+        seen_1TD = download.others()[0][None, -FOLLOWED:].numpy() if learns else None
+        ids_1TK = chosen.numpy()[None] + self._firsts_M11[moe_layer]
+        self._cache.use(ids_1TK, self._pass.later, seen_1TD)  # disk or link are at work by now
         if self.timer is not None:
             self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
@@ -404,7 +405,7 @@ class Experts:
             for listener, _ in self._listeners:
                 listener(route)
 
-    def _end_of_layer(self, moe_layer: int) -> None:
+    def _end_of_layer(self) -> None:
         self.look()
         if self.timer is not None:
             self.timer.mark("cache and prefetch")

@@ -257,7 +257,7 @@ class HostTier:
         """A use ends; the lock is held."""
         if slot.state is CACHED:
             self.store.refer(slot, -1)
-        elif not arrived or slot.expert in self.cache:  # the record was read twice at once
+        elif not arrived or slot.expert in self.cache.cached:  # the record was read twice at once
             self.store.move(slot, FREE)
         else:
             self._hear()

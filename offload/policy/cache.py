@@ -6,7 +6,7 @@ lowest id, is evicted for a new one.  With bypass the new one gets a slot only i
 layers are visited in a cycle, so a cache smaller than what one token uses never hits if it admits
 everything.
 
-A pass of T tokens: ``advance(T)``, then by layer ``use_chunk``, and ``victim`` for what was read.
+A pass of T tokens: ``advance(T)``, then by layer ``use``, and ``victim`` for what was read.
 
 Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N expert ids, F
 features.
@@ -32,7 +32,7 @@ class Cache:
     """What is cached, and the counters.  The least recently used expert is worth least."""
 
     policy = "lru"
-    learns = False  # whether ``use_chunk`` wants the layer's inputs
+    learns = False  # whether ``use`` wants the layers' inputs
     bypass = False  # whether a new expert of no more worth than those cached gets no slot
 
     def __init__(self, slots: int, layers: int, experts: int):
@@ -48,18 +48,11 @@ class Cache:
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
         self._now += tokens
 
-    def use_chunk(
-        self, moe_layer: int, indices: Choices, later: int = 0, x_TD: Array | None = None
-    ) -> None:
-        """The gate of layer ``moe_layer`` chose ``indices`` [T, K] for T of the pass's tokens, with
-        ``later`` more behind them: as many uses, but each distinct expert is one hit or one miss,
-        since a chunk brings it once.  ``x_TD`` are the newest tokens' inputs of the layer, None
-        where they do not follow each other."""
-        ids_TK = np.array(indices, np.int64) + moe_layer * self.experts
-        self.use(ids_TK[None], later, None if x_TD is None else x_TD[None])
-
     def use(self, ids_MTK: Array, later: int = 0, x_MTD: Array | None = None) -> Array:
-        """The same for expert ids, int64, of a layer each M; the distinct ones that are missing."""
+        """Gates chose expert ids, int64, of a layer each M for T of the pass's tokens, with
+        ``later`` more behind them: as many uses, but each distinct expert is one hit or one miss,
+        since a chunk brings it once.  ``x_MTD`` are the newest tokens' inputs of the layers, None
+        where they do not follow each other.  Returns the distinct ids that are missing."""
         distinct_N = np.unique(ids_MTK) if ids_MTK.shape[1] > 1 else ids_MTK.ravel()
         missing: Array = distinct_N[~self._cached_N[distinct_N]]
         self.hits += len(distinct_N) - len(missing)
@@ -113,9 +106,6 @@ class Cache:
         """Forget the cached ``expert_id``."""
         self.cached.remove(expert_id)
         self._cached_N[expert_id] = False
-
-    def __contains__(self, expert_id: int) -> bool:
-        return expert_id in self.cached
 
     def __len__(self) -> int:
         return len(self.cached)

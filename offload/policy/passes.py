@@ -26,6 +26,7 @@ _CHANCES = (0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
 MEMORY = 64  # predictions that count at most
 _PRIOR = 0.35  # cost of a row more, as a share of a pass of one row, before any was measured
 RATE = 0.3  # of an error that the estimate of a pass's time takes over
+Draft = list[tuple[int, float]]  # tokens, each with the chance that all up to it come
 _LEAST = 0.03  # cost of a row more, whatever was measured
 _FORGET = 0.003  # of that cost's distance to the prior, with each pass of one row
 
@@ -77,9 +78,9 @@ class NGrams:
     def read(self, tokens: Sequence[int], id: int, anew: bool) -> None:
         """The text is ``tokens`` and ``id``: that before, and what has come since, or, ``anew``,
         any, of which what it shares with that before is not read again."""
-        known, own = len(self._tokens), self._tokens
-        alike = known <= len(tokens) and not (anew and own != tokens[:known])
-        if not (self._is_whole and alike):
+        known = len(self._tokens)
+        is_same = self._is_whole and known <= len(tokens)
+        if not is_same or (anew and self._tokens != tokens[:known]):
             known = 0
             self._forget()
         self._is_whole = False
@@ -101,37 +102,36 @@ class NGrams:
         earlier = self._latest.get(pair, 0)
         self._earlier.append(earlier)
         self._latest[pair] = len(tokens)
-        if counts and self._alike < _LONG:
+        if earlier and counts and self._alike < _LONG:
             self._look_up(earlier)
 
     def _look_up(self, place: int) -> None:
         """Take the latest of the places with the most alike tokens."""
         tokens = self._tokens
         for _ in range(_TRIES):
-            if not place:
-                return
             alike = _PAIR
             while alike < min(_LONG, place) and tokens[place - alike - 1] == tokens[-alike - 1]:
                 alike += 1
             if alike > self._alike:
                 self._place, self._alike = place, alike
-            place = self._earlier[place]
+            if not (place := self._earlier[place]):
+                return
 
     def _note(self, hit: float) -> None:
         kind = _kind(self._alike)
         self._counts[kind] = count = min(self._counts[kind] + 1, MEMORY)
         self._chances[kind] += (hit - self._chances[kind]) / (count + 1)
 
-    def draft(self, limit: int) -> tuple[list[int], list[float]]:
+    def draft(self, limit: int) -> Draft:
         """At most ``limit`` tokens that may come next, and the chance that all up to each come."""
-        drafted, chances, chance = list[int](), list[float](), 1.0
+        drafted, chance = Draft(), 1.0
         for index in range(limit if self._alike else 0):
             place = self._place + index
             beyond = place - len(self._tokens)  # a text that repeats itself goes on so
-            drafted.append(self._tokens[place] if beyond < 0 else drafted[beyond])
+            token = self._tokens[place] if beyond < 0 else drafted[beyond][0]
             chance *= self._chances[_kind(self._alike + index)]
-            chances.append(chance)
-        return drafted, chances
+            drafted.append((token, chance))
+        return drafted
 
 
 def _kind(alike: int) -> int:

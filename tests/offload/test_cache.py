@@ -117,7 +117,7 @@ class Policy(RuleBasedStateMachine):
     def use(self, layer, ids, later, told=False):
         tokens, used = [[id % EXPERTS for id in token] for token in ids], {*chain(*ids)}
         if not told:
-            self.cache.use_chunk(layer, tokens, later)
+            self.cache.use(np.array([ids]), later)
         self.learned.visit(layer, tokens, self.now - later)
         for id in chain(*ids):
             self.used_N[id] = self.count
@@ -184,7 +184,7 @@ def test_decisions_on_recorded_routing(heavy, sample_export, tmp_path):
                 worths = plain.worths()
                 for cache in caches:
                     missing = sorted({*ids_TK.ravel().tolist()} - cache.cached)
-                    cache.use_chunk(layer, indices[:, layer].tolist(), x_TD=x_TD)
+                    cache.use(ids_TK[None], x_MTD=x_TD[None])
                     for id in missing:
                         free = cache.cached - {*ids_TK[-1]}
                         leaves = min(free, key=lambda id: (worths[id], id), default=id)

@@ -98,7 +98,7 @@ def test_the_cpu_begins_before_policy_and_uploads(on_twin, monkeypatch):
         for event, *places in (
             ("copy", (host, "read")),
             ("CPU", (model.cpu, "experts")),
-            ("policy", (model.experts._cache, "use_chunk"), (host.cache, "use")),
+            ("policy", (model.experts._cache, "use"), (host.cache, "use")),
             ("upload", (model.device, "upload")),
         ):
             for owner, name in places:

@@ -131,7 +131,7 @@ class Engine(RuleBasedStateMachine):
         assert all(READING <= store.state(id) <= ARRIVED for id in missing)
         store.held_N[chosen] = True
         store.held_N[pins] = True
-        slots.cache.use_chunk(row, [[id % EXPERTS for id in chosen]])
+        slots.cache.use(np.array([[chosen]]))
         self.uses += len(chosen)
         self.right(*set(chosen).difference(missing))
         self.prefetcher.idle()
