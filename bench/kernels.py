@@ -39,7 +39,7 @@ from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, C
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.weights import Matrix
+from slotmoe.quant.kernels.cpu.weights import INT8, Matrix
 from slotmoe.quant.shapes import record_bytes
 from slotmoe.system import Placement, cores
 from slotmoe.tools.bench import speed
@@ -175,7 +175,7 @@ def _linears(bench: _Bench) -> None:
     def int8(block: Tensor) -> Matrix | Int8Weight:
         if not bench.on_cpu:
             return Int8Weight(block.view(N, D), scale_N)
-        return Matrix.int8(block.view(N // 16, D // 64, 1024), scale_N, (N, D))
+        return Matrix(INT8, N, D, block.view(N // 16, D // 64, 1024), scale_N)
 
     def coded(codec: Codec) -> Sequence[CodedWeight]:
         shapes = codec.codes_shape(N, D), codec.scales_shape(N, D)

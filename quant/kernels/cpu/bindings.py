@@ -38,7 +38,7 @@ from slotmoe.quant.kernels.cpu.signatures import (
     check,
     tensor_spec,
 )
-from slotmoe.quant.kernels.cpu.weights import ACTIVATION, Absorbed, Matrix, Structure
+from slotmoe.quant.kernels.cpu.weights import ACTIVATION, INT8, Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import SWIGLU, Activation, GroupShape, latent_bytes, record_bytes
 from slotmoe.state import Empty, Group
 from slotmoe.system import cores
@@ -117,7 +117,7 @@ class Kernels:
         """A copy in the order of `linear`, in memory from `empty`."""
         tiles = self._tiles(weight.q, empty)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
-        return Matrix.int8(tiles, scale, weight.shape)
+        return Matrix(INT8, *weight.shape, tiles, scale)
 
     def tile_absorbed(self, weight: Int8Weight, head: tuple[int, int], empty: Empty) -> Absorbed:
         """The same of `kv_b_proj`, `head` of whose rows, N and V, are a head's."""

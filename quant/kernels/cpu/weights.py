@@ -32,7 +32,7 @@ from slotmoe.quant.shapes import SWIGLU, Activation, Groups, GroupShape, latent_
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 9 + its source type.  The
 # last is int8 in rows, of which no products are made.
-_INT8, _DENSE, _ROWS = 0, 9, 12
+INT8, _DENSE, _ROWS = 0, 9, 12
 _SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 
@@ -44,7 +44,7 @@ def _coded(bits: int, coding: str) -> list[str]:
 
 
 _MEMORY = {  # what a kind of matrix consists of
-    _INT8: [f"w:{signatures.INT8}", "scale:f32[N]"],
+    INT8: [f"w:{signatures.INT8}", "scale:f32[N]"],
     **{kind: _coded(*code) for code, kind in KINDS.items()},
     **{_DENSE + source: ["w:source[N,K]"] for source in signatures.SOURCE_TYPES.values()},
     _ROWS: ["w:i8[N,K]", "scale:f32[N]"],
@@ -86,10 +86,6 @@ class Matrix(Bound):
             found = f"{weight.dtype} of {weight.dim()} dimensions"
             raise ValueError(f"{found}, expected a float matrix")
         return cls(_DENSE + signatures.SOURCE_TYPES[weight.dtype], *weight.shape, weight)
-
-    @classmethod
-    def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> "Matrix":
-        return cls(_INT8, *shape, tiles, scale)
 
     @property
     def coded(self) -> bool:
