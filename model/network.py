@@ -151,7 +151,7 @@ class Network:
             h_TD = self._unread_0D if unread else self.backend.embed(ids_T, self.embed_tokens)
             if self.config.hyper is not None and not embeds:
                 h_TD = h_TD.repeat(1, self.config.hyper.mult)
-        chunks = list[Chunk]()
+        chunks: list[Chunk] = []
         for start in range(0, T, size):
             of: Sequence[Any] = states, [0] * len(states), counts
             h_CD, ids_C = h_TD, ids_T

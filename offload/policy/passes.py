@@ -124,7 +124,8 @@ class NGrams:
 
     def draft(self, limit: int) -> Draft:
         """At most ``limit`` tokens that may come next, and the chance that all up to each come."""
-        drafted, chance = Draft(), 1.0
+        drafted: Draft = []
+        chance = 1.0
         for index in range(limit if self._alike else 0):
             place = self._place + index
             beyond = place - len(self._tokens)  # a text that repeats itself goes on so
