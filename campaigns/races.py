@@ -133,11 +133,11 @@ class Runner:
             self._run(race, number, after)
 
     def _run(self, race, number, after):
-        for kind in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(kind, lambda kind, _: sys.exit(ENDED[kind]))
-        signal.alarm(HANGS)
         code = 1
-        try:
+        try:  # the handlers' SystemExit too must not unwind what is this process's parent's
+            for kind in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(kind, lambda kind, _: sys.exit(ENDED[kind]))
+            signal.alarm(HANGS)
             time.sleep(after)
             race.do(number, lambda: os.write(self._ticks, b"."))
             code = DONE
