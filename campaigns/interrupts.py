@@ -49,6 +49,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 @contextmanager
 def prepare(folder, given):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
     with ExitStack() as stack:
         for _ in range(given.busy):
             loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -179,4 +180,4 @@ def run(places, part, aim):
 
 
 OPTIONS_OF = {"busy": {"type": int, "default": 0, "help": "loops beside [0]"}}
-ATTACK = Attack(run, [*COMMANDS, "serve"], "signals", 500, prepare=prepare, options=OPTIONS_OF)
+ATTACK = Attack(run, [*COMMANDS, "serve"], "signals", 40, prepare=prepare, options=OPTIONS_OF)

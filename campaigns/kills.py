@@ -123,4 +123,4 @@ def run(place, part, aim):
 
 
 PARTS = [name + how for name in WORKS for how in ("", "-power")]
-ATTACK = Attack(run, PARTS, "kills", 2000, prepare=prepare, disk=memory())
+ATTACK = Attack(run, PARTS, "kills", 500, prepare=prepare, disk=memory())

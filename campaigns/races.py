@@ -215,4 +215,4 @@ def run(place, name, aim):
 
 
 RACES = {"destination": Destination, "cache": Cache, "session": Session, "sessions": Sessions}
-ATTACK = Attack(run, RACES, "rounds of each race", 1000, prepare=prepare, disk=memory())
+ATTACK = Attack(run, RACES, "rounds of each race", 300, prepare=prepare, disk=memory())
