@@ -1,10 +1,8 @@
-"""Ctrl-C and SIGTERM at moments by chance: over the whole life of each command, and in a server
-that answers.
+"""Ctrl-C and SIGTERM at moments by chance, in the life of each command and of a server's answer.
 
 Nothing may hang, show a traceback or print anything but the beginning of the right text; what is
 ended says so and leaves no process behind; afterwards the same text comes again.  Every second
 command is a process of its own, with all its imports; the others are forked, and begin behind them.
-With ``--busy`` so many loops take the processor meanwhile.
 """
 
 import http.client
@@ -180,5 +178,5 @@ def run(places, part, aim):
     return (serve if part == "serve" else command)(places, part, aim)
 
 
-OPTIONS_OF = {"busy": {"type": int, "default": 0, "help": "loops beside [0]"}}
+OPTIONS_OF = {"busy": {"type": int, "default": 0, "help": "loops that take the processor [0]"}}
 ATTACK = Attack(run, [*COMMANDS, "serve"], "signals", 40, prepare=prepare, options=OPTIONS_OF)

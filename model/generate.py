@@ -5,7 +5,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, starmap
-from operator import attrgetter
 from struct import Struct
 from typing import NamedTuple, Protocol
 
@@ -18,7 +17,6 @@ from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
 from slotmoe.quant.kernels.cpu.bindings import load
 
 _SCORED = Struct("<if")  # an id and its log-probability, float32 as logits are
-_OWN_TEXT = attrgetter("text")
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
@@ -304,4 +302,4 @@ def _ends(tokens: Sequence[Token]) -> list[int]:
 
 
 def _text(tokens: Sequence[Token]) -> str:
-    return "".join(map(_OWN_TEXT, tokens))
+    return "".join([token.text for token in tokens])

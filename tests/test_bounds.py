@@ -15,18 +15,18 @@ SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
     "model": 5_303,
-    "quant": 6_585,
-    "offload": 11_435,
+    "quant": 6_567,
+    "offload": 11_425,
     "tools": 8_124,
     "slotmoe": 2_224,
-    "product": 33_671,
+    "product": 33_643,
     "bench": 1_084,
-    "tests": 20_616,
+    "tests": 20_615,
     "campaigns": 3_438,
     # its files
     "product files": 152,
     # lines of C++, headers and shaders
-    "C++ and GLSL": 9_609,
+    "C++ and GLSL": 9_646,
     # words of README.md and docs/
     "words": 21_528,
 }
@@ -36,7 +36,7 @@ WAY = {
     "files, a quarter of the slots": 21,
 }
 # Calls of their functions, warm.  No lower edge: Python 3.13 counts no comprehension.
-CALLS = 76
+CALLS = 72
 SLACK = 0.01  # a number may be so much below its bound
 OVER = "{} is {:,}, above its bound {:,}: raising one needs an issue that grants it by number"
 UNDER = "{} is {:,}, well below its bound {:,}: lower that"
