@@ -54,11 +54,13 @@ globals().update({name: kind(name) for name in KINDS})
 
 
 def pytest_collectstart():
-    """Triton decides when it is imported whether it compiles for a GPU or interprets on the CPU."""
+    """What decides for a process when it is imported: the hub's address, and whether Triton
+    compiles for a GPU or interprets on the CPU."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    import tests.support.hub  # noqa: F401
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers

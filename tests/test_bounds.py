@@ -15,11 +15,11 @@ SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
     "model": 5_303,
-    "quant": 6_567,
+    "quant": 6_566,
     "offload": 11_425,
     "tools": 8_124,
     "slotmoe": 2_224,
-    "product": 33_643,
+    "product": 33_642,
     "bench": 1_084,
     "tests": 20_615,
     "campaigns": 3_438,

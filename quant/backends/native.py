@@ -82,8 +82,7 @@ class NativeDecoder:
         assert resumed == (chunk.routed_TD is not None)
         began, slots_ME, sizes = time.perf_counter(), table.slots_ME, layers.sizes
         # A call stores all latents of a layer before any token attends to them.
-        caches: list[SequenceState] = []
-        positions: list[int] = []
+        caches, positions = list[SequenceState](), list[int]()
         for cache, count in zip(chunk.caches, chunk.counts, strict=True):
             caches += [cache] * count
             positions += range(cache.length, cache.length + count)
