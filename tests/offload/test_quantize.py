@@ -406,7 +406,7 @@ def test_a_damage_in_any_file_does_not_show(way, small, hub, tmp_path, nightly):
             assert resumes.check({other: files[other] for other in files if other != name}), name
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", nth(2, ["calibrated", "plain", "hub"]))
 def test_a_forged_file_ends_in_a_line_or_an_export(way, count, small, hub, tmp_path, heavy):
     """Values of a state or a plan, made ones of a wrong type, length or range, with a right
