@@ -151,13 +151,12 @@ class Network:
             h_TD = self._unread_0D if unread else self.backend.embed(ids_T, self.embed_tokens)
             if self.config.hyper is not None and not embeds:
                 h_TD = h_TD.repeat(1, self.config.hyper.mult)
-        chunks: list[Chunk] = []
+        chunks, ends = list[Chunk](), [*accumulate(counts, initial=0)]
         for start in range(0, T, size):
             of: Sequence[Any] = states, [0] * len(states), counts
             h_CD, ids_C = h_TD, ids_T
             if (stop := min(start + size, T)) - start < T:
                 h_CD, ids_C = h_TD[start:stop], ids_T[start:stop]
-                ends = [*accumulate(counts, initial=0)]
                 parts = [  # a sequence, its tokens before this chunk, and those in it
                     (state, max(start, first) - first, min(end, stop) - max(start, first))
                     for state, first, end in zip(states, ends, ends[1:], strict=False)
@@ -202,8 +201,9 @@ class Network:
             return logits_TV
         by_torch = self.config.tie_word_embeddings and self.backend.kind != "native"
         most = 1 if by_torch else self.rows or len(h_TD)
-        parts = h_TD.split(most) if len(h_TD) > most else [h_TD]
-        return torch.cat([*map(self.head, parts)]) if len(parts) > 1 else self.head(h_TD)
+        if len(h_TD) <= most:
+            return self.head(h_TD)
+        return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(most)])
 
 
 class MtpHead:

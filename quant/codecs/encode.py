@@ -360,8 +360,7 @@ class _State:
         """Codes [N, K], stored scales, and sums of squares of the error and of the weights."""
         self._feed_back()
         for _ in range(ROUNDS if len(self._levels_L) > 8 else ROUNDS + 2):
-            if self._native is not None:
-                self._descend(self._native)
+            self._descend()
         codes = list[Tensor]()
         scales = self._scales_XN.split(_TOGETHER // self._block)
         for pair in zip(self._q_KN.split(_TOGETHER), scales, strict=True):
@@ -402,15 +401,45 @@ class _State:
                     importance_B = u_SS.diagonal()[span].square().reciprocal()
                     scale_N = fit_blocks(x_SN[span].t(), importance_B, levels_L, starts)
                     scales_XN[j // self._block] = scale_N = round_(scale_N)
-                q_SN[j] = levels_L[nearest(x_N * inverse_or_zero(scale_N), levels_L)] * scale_N
+                q_SN[j] = self._nearest(x_N, scale_N)
                 x_SN[j + 1 :] -= u_SS[j, j + 1 :, None] * ((x_N - q_SN[j]) / u_SS[j, j])
 
-    def _descend(self, native: bindings.Kernels) -> None:
+    def _nearest(self, x_N: Tensor, scale_N: Tensor) -> Tensor:
+        levels_L = self._levels_L
+        return levels_L[nearest(x_N * inverse_or_zero(scale_N), levels_L)] * scale_N
+
+    def _descend(self) -> None:
         """One round over all blocks: a better scale if there is one, then better codes."""
         factor_N, H_KK = self._coding.factor_N1.flatten(), self._hessian.damped
         rows = zip(self._parts(), self._hessian.product.split(_TOGETHER), strict=True)
         for index, ((_, q_SN, scales_XN), by_SK) in enumerate(rows):
             columns = slice(index * _TOGETHER, index * _TOGETHER + len(by_SK))
             h_SS = H_KK[columns, columns].cpu().contiguous()
-            given = self._seen(by_SK), h_SS, factor_N, self._levels_L
-            native.descend.results(*given, scales_XN, q_SN, **self._sizes)
+            gradient_SN = self._seen(by_SK)
+            if self._native is not None:
+                given = gradient_SN, h_SS, factor_N, self._levels_L
+                self._native.descend.results(*given, scales_XN, q_SN, **self._sizes)
+                continue
+            for j in range(len(q_SN)):
+                if j % self._block == 0:
+                    span = slice(j, j + self._block)
+                    scale_N = scales_XN[j // self._block]
+                    self._rescale(scale_N, q_SN[span], gradient_SN, h_SS[:, span], span)
+                new_N = self._nearest(q_SN[j] + gradient_SN[j] / h_SS[j, j], scale_N)
+                gradient_SN[j + 1 :] -= h_SS[j, j + 1 :, None] * (new_N - q_SN[j])
+                q_SN[j] = new_N
+
+    def _rescale(
+        self, scale_N: Tensor, q_BN: Tensor, gradient_SN: Tensor, h_SB: Tensor, span: slice
+    ) -> None:
+        """Make a block's scale better if it can be; ``q`` and the gradient follow."""
+        values_BN = q_BN * inverse_or_zero(scale_N)
+        pull_SN = h_SB @ values_BN
+        slope_N = (values_BN * gradient_SN[span]).sum(0)
+        curve_N = (values_BN * pull_SN[span]).sum(0)
+        new_N = self._coding.round(scale_N + slope_N * inverse_or_zero(curve_N))
+        step_N = new_N - scale_N
+        gains = (step_N * (step_N * curve_N - 2 * slope_N) < 0) & (new_N != 0)
+        gradient_SN -= pull_SN * torch.where(gains, step_N, 0.0)
+        q_BN.copy_(torch.where(gains, values_BN * new_N, q_BN))
+        scale_N.copy_(torch.where(gains, new_N, scale_N))
