@@ -42,7 +42,7 @@ CAMPAIGNS = (
     ),
     Campaign(
         "races",
-        "Two or three processes at one destination, cache or session, some get signals:"
+        "Two or three processes at one destination, cache or session, some signalled:"
         " success or a refusal, nothing wrong on the disk.",
         "3,937 rounds",
     ),

@@ -15,13 +15,13 @@ SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
     "model": 5_303,
-    "quant": 6_566,
+    "quant": 6_585,
     "offload": 11_425,
     "tools": 8_124,
     "slotmoe": 2_224,
-    "product": 33_642,
+    "product": 33_661,
     "bench": 1_084,
-    "tests": 20_615,
+    "tests": 20_616,
     "campaigns": 3_438,
     # its files
     "product files": 152,

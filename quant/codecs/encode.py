@@ -53,8 +53,7 @@ def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a bf16, fp16 or fp32 matrix, as ``NF4`` stores them: the codes of
     ``bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")``, and its absmax
     rounded to fp16.  Raises ``NotFiniteError``."""
-    native = bindings.load()
-    if native is None:
+    if (native := bindings.load()) is None:
         return nf4_by_torch(weight_NK)
     try:
         return native.quantize_nf4(weight_NK)
@@ -352,6 +351,7 @@ class _State:
         importance_K = hessian.damped.diagonal().cpu().contiguous()
         first_NX = fit_scales(weight_NK, importance_K, levels_L, block, 3 * _FEWER)
         self._coding = WholeScales(_ROOM * first_NX, coding.most)
+        self._factor_N = self._coding.factor_N1.flatten()
         self._weight_KN, self._scales_XN = weight_NK.t().contiguous(), first_NX.t().contiguous()
         self._q_KN = torch.empty_like(self._weight_KN, dtype=torch.float32)
         self._left_KN = H_KK.new_empty(self._q_KN.shape)
@@ -386,60 +386,50 @@ class _State:
 
     def _feed_back(self) -> None:
         """Round all columns in order."""
-        levels_L, starts, round_ = self._levels_L, self._starts, self._coding.round
-        factor_N = self._coding.factor_N1.flatten()
         parts = zip(self._parts(), self._hessian.feedback, strict=True)
         for (w_SN, q_SN, scales_XN), (u_SS, before_SK) in parts:
             x_SN = w_SN + self._seen(before_SK)
             if self._native is not None:
-                given = x_SN, u_SS, factor_N, levels_L, starts
+                given = x_SN, u_SS, self._factor_N, self._levels_L, self._starts
                 self._native.feed_back.results(*given, scales_XN, q_SN, **self._sizes)
                 continue
             for j, x_N in enumerate(x_SN):
                 if j % self._block == 0:
                     span = slice(j, j + self._block)
                     importance_B = u_SS.diagonal()[span].square().reciprocal()
-                    scale_N = fit_blocks(x_SN[span].t(), importance_B, levels_L, starts)
-                    scales_XN[j // self._block] = scale_N = round_(scale_N)
+                    scale_N = fit_blocks(x_SN[span].t(), importance_B, self._levels_L, self._starts)
+                    scales_XN[j // self._block] = scale_N = self._coding.round(scale_N)
                 q_SN[j] = self._nearest(x_N, scale_N)
                 x_SN[j + 1 :] -= u_SS[j, j + 1 :, None] * ((x_N - q_SN[j]) / u_SS[j, j])
 
     def _nearest(self, x_N: Tensor, scale_N: Tensor) -> Tensor:
-        levels_L = self._levels_L
-        return levels_L[nearest(x_N * inverse_or_zero(scale_N), levels_L)] * scale_N
+        return self._levels_L[nearest(x_N * inverse_or_zero(scale_N), self._levels_L)] * scale_N
 
     def _descend(self) -> None:
         """One round over all blocks: a better scale if there is one, then better codes."""
-        factor_N, H_KK = self._coding.factor_N1.flatten(), self._hessian.damped
+        H_KK, block = self._hessian.damped, self._block
         rows = zip(self._parts(), self._hessian.product.split(_TOGETHER), strict=True)
         for index, ((_, q_SN, scales_XN), by_SK) in enumerate(rows):
             columns = slice(index * _TOGETHER, index * _TOGETHER + len(by_SK))
             h_SS = H_KK[columns, columns].cpu().contiguous()
             gradient_SN = self._seen(by_SK)
             if self._native is not None:
-                given = gradient_SN, h_SS, factor_N, self._levels_L
+                given = gradient_SN, h_SS, self._factor_N, self._levels_L
                 self._native.descend.results(*given, scales_XN, q_SN, **self._sizes)
                 continue
             for j in range(len(q_SN)):
-                if j % self._block == 0:
-                    span = slice(j, j + self._block)
-                    scale_N = scales_XN[j // self._block]
-                    self._rescale(scale_N, q_SN[span], gradient_SN, h_SS[:, span], span)
+                if j % block == 0:
+                    scale_N, q_BN = scales_XN[j // block], q_SN[j : j + block]
+                    values_BN = q_BN * inverse_or_zero(scale_N)
+                    pull_SN = h_SS[:, j : j + block] @ values_BN
+                    slope_N = (values_BN * gradient_SN[j : j + block]).sum(0)
+                    curve_N = (values_BN * pull_SN[j : j + block]).sum(0)
+                    best_N = scale_N + slope_N * inverse_or_zero(curve_N)
+                    new_N = self._coding.round(best_N)
+                    gains = ((new_N - best_N).abs() < (scale_N - best_N).abs()) & (new_N != 0)
+                    gradient_SN -= pull_SN * torch.where(gains, new_N - scale_N, 0.0)
+                    scale_N.copy_(torch.where(gains, new_N, scale_N))
+                    q_BN.copy_(values_BN * scale_N)
                 new_N = self._nearest(q_SN[j] + gradient_SN[j] / h_SS[j, j], scale_N)
                 gradient_SN[j + 1 :] -= h_SS[j, j + 1 :, None] * (new_N - q_SN[j])
                 q_SN[j] = new_N
-
-    def _rescale(
-        self, scale_N: Tensor, q_BN: Tensor, gradient_SN: Tensor, h_SB: Tensor, span: slice
-    ) -> None:
-        """Make a block's scale better if it can be; ``q`` and the gradient follow."""
-        values_BN = q_BN * inverse_or_zero(scale_N)
-        pull_SN = h_SB @ values_BN
-        slope_N = (values_BN * gradient_SN[span]).sum(0)
-        curve_N = (values_BN * pull_SN[span]).sum(0)
-        new_N = self._coding.round(scale_N + slope_N * inverse_or_zero(curve_N))
-        step_N = new_N - scale_N
-        gains = (step_N * (step_N * curve_N - 2 * slope_N) < 0) & (new_N != 0)
-        gradient_SN -= pull_SN * torch.where(gains, step_N, 0.0)
-        q_BN.copy_(torch.where(gains, values_BN * new_N, q_BN))
-        scale_N.copy_(torch.where(gains, new_N, scale_N))
