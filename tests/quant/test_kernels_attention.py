@@ -246,16 +246,16 @@ def delta_case(rng, G, each, K, V, rows, tokens):
 )  # fmt: skip
 def test_delta(kernels, tokens, G, each, K, V, past, silent, last, seed):
     """Rows before the first one, some whose results nobody asks for, and some that stay out of the
-    state.  With one column a query can be next to nothing, and its result hangs on rounding."""
+    state.  With one column the norm's epsilon bounds what rounding does to a result near 0."""
     rng = np.random.default_rng(seed)
     rows = past + silent + tokens
     inputs, z, weights, state = delta_case(rng, G, each, K, V, rows, tokens)
     inputs, z, state = (np.float32(x).astype(np.float64) for x in (inputs, z, state))
     folded, before = rows - past - last, delta_columns(torch_of(state))
     after = torch.zeros(state.shape)
-    given = torch_of(inputs), torch_of(z), *weights, before, after, past, folded, not each, 1e-6
+    given = torch_of(inputs), torch_of(z), *weights, before, after, past, folded, not each, 1e-3
     got = kernels.delta(*given, G=G).numpy()
-    outs, states = by_rule(inputs, z, weights, state, G, past, 1e-6, not each)
+    outs, states = by_rule(inputs, z, weights, state, G, past, 1e-3, not each)
     want = outs[silent:]
     assert np.abs(got - want).max() <= 2e-5 * max(1, np.abs(want).max())
     kept = delta_columns(torch_of([np.zeros_like(state), *states][folded]))

@@ -33,7 +33,7 @@ CODECS = (NF4, LUT4, LUT3, INT4, MXFP4, LUT2, INT5, INT6)
 LEVELS = np.array(NF4.levels, dtype=np.float32)
 
 # Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the
-# instruction set.  The examples are the same in each run: a bound on rounding leans on no luck.
+# instruction set.  The examples are the same in each run, but follow the tree's constants.
 quick = settings(
     max_examples=25,
     deadline=None,
