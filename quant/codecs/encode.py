@@ -271,7 +271,7 @@ _ROOM = 1.25  # feedback makes scales larger than the best ones without it
 _FEWER = 2  # one start in so many: 0.4% of the error; for a row's range one in three of these
 _DAMPING = 0.01  # of H's mean diagonal, added to the diagonal
 _TOGETHER = 128  # columns whose change reaches all others by one product
-MEASURED = 8  # of so many rows one's error counts in a report
+MEASURED = 16  # of so many rows one's error counts in a report
 
 
 class NotPositiveError(ValueError):

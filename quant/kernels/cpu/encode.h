@@ -10,30 +10,30 @@ constexpr int kRefits = 4;  // of a scale to its codes
 
 template <int L>
 struct Grid {
-    float level[L], middle[L - 1];
-    explicit Grid(const float* levels) {
-        for (int i = 0; i < L; i++) level[i] = levels[i];
+    float level[L + 16], code_of[L + 16], middle[L + 16];  // a search loads 16 from any of the lower half
+    explicit Grid(const float* levels) : level{}, code_of{}, middle{} {
+        for (int i = 0; i < L; i++) level[i] = levels[i], code_of[i] = float(i);
         for (int i = 0; i + 1 < L; i++) middle[i] = (levels[i] + levels[i + 1]) / 2.0f;
     }
-    F nearest(F z) const {
-        if constexpr (L > 16) {
-            const F least = Lanes::max(z, Lanes::broadcast(-L / 2)), shift = Lanes::broadcast(12582912.0f);
-            const F most = Lanes::min(least, Lanes::broadcast(L / 2 - 1));
-            return Lanes::add(Lanes::add(most, shift), Lanes::broadcast(-12582912.0f));  // as in round_even
-        }
-        F v = Lanes::broadcast(level[0]);
-#pragma GCC unroll 16
-        for (int i = 0; i + 1 < L; i++)
-            v = Lanes::where_greater(z, Lanes::broadcast(middle[i]), Lanes::broadcast(level[i + 1]), v);
-        return v;
+    F nearest(F z) const { return L > 16 ? whole(z) : find(z, level); }
+    F code(F z) const { return L > 16 ? Lanes::add(whole(z), Lanes::broadcast(L / 2)) : find(z, code_of); }
+
+private:
+    static F whole(F z) {
+        const F least = Lanes::max(z, Lanes::broadcast(-L / 2)), shift = Lanes::broadcast(12582912.0f);
+        const F most = Lanes::min(least, Lanes::broadcast(L / 2 - 1));
+        return Lanes::add(Lanes::add(most, shift), Lanes::broadcast(-12582912.0f));  // as in round_even
     }
-    F code(F z) const {
-        if constexpr (L > 16) return Lanes::add(nearest(z), Lanes::broadcast(L / 2));
-        F v = Lanes::zero();
+    F find(F z, const float* values) const {
+#ifdef SLOTMOE_SEARCH
+        return SLOTMOE_SEARCH<L>(z, middle, values);
+#else
+        F v = Lanes::broadcast(values[0]);
 #pragma GCC unroll 16
         for (int i = 0; i + 1 < L; i++)
-            v = Lanes::where_greater(z, Lanes::broadcast(middle[i]), Lanes::broadcast(float(i + 1)), v);
+            v = Lanes::where_greater(z, Lanes::broadcast(middle[i]), Lanes::broadcast(values[i + 1]), v);
         return v;
+#endif
     }
 };
 
@@ -138,11 +138,30 @@ inline F stored(F scale, F factor, float most) {
     return Lanes::mul(Lanes::add(Lanes::add(whole, shift), Lanes::broadcast(-12582912.0f)), factor);
 }
 
-// Take a column's change, times what its row of a matrix says, from columns first..last.
-inline void spread(float* panel, F change, const float* row, int64_t first, int64_t last) {
+// Add changes of columns from `at` on, times what their rows of a matrix [s, s] say, to columns first..last of a panel,
+// one change after the other.
+constexpr int kDelayed = 8;  // changes that columns further behind take at once, by one load and store
+template <int Count>
+inline void spread(float* panel, const F* changes, const float* matrix, int64_t s, int64_t at, int64_t first,
+                   int64_t last) {
     for (int64_t l = first; l < last; l++) {
-        float* behind = panel + l * kTile;
-        Lanes::store(behind, Lanes::fma(change, Lanes::broadcast(-row[l]), Lanes::load(behind)));
+        F sum = Lanes::load(panel + l * kTile);
+        for (int j = 0; j < Count; j++)
+            sum = Lanes::fma(changes[j], Lanes::broadcast(matrix[(at + j) * s + l]), sum);
+        Lanes::store(panel + l * kTile, sum);
+    }
+}
+
+// Columns first..first + block in order: `column(j)` settles one and says what it changes behind it.
+template <class Column>
+inline void settle(float* panel, const float* matrix, int64_t s, int64_t first, int64_t block, Column column) {
+    for (int64_t at = first; at < first + block; at += kDelayed) {
+        F changes[kDelayed];
+        for (int j = 0; j < kDelayed; j++) {
+            changes[j] = column(at + j);
+            spread<1>(panel, changes + j, matrix, s, at + j, at + j + 1, at + kDelayed);
+        }
+        spread<kDelayed>(panel, changes, matrix, s, at, at + kDelayed, s);
     }
 }
 
@@ -161,13 +180,13 @@ void feed_back(const float* x, int64_t s, int64_t n, const float* u, const float
             const F best = fit(panel + at * kTile, weights + at, block, grid, starts, count);
             const F scale = stored(best, Lanes::load(factors + i), float(most)), inverse = inverse_or_zero(scale);
             Lanes::store(scales + at / block * n + i, scale);
-            for (int64_t j = at; j < at + block; j++) {
+            settle(panel, u, s, at, block, [&](int64_t j) {
                 const F v = Lanes::load(panel + j * kTile);
                 const F made = Lanes::mul(grid.nearest(Lanes::mul(v, inverse)), scale);
-                const F error = Lanes::fma(made, Lanes::broadcast(-1.0f), v);
+                const F gain = Lanes::fma(v, Lanes::broadcast(-1.0f), made);
                 Lanes::store(q + j * n + i, made);
-                spread(panel, Lanes::mul(error, Lanes::broadcast(1.0f / u[j * s + j])), u + j * s, j + 1, s);
-            }
+                return Lanes::mul(gain, Lanes::broadcast(1.0f / u[j * s + j]));
+            });
         }
     }
 }
@@ -186,14 +205,20 @@ void descend(const float* gradient, int64_t s, int64_t n, const float* h, const 
             F scale = Lanes::load(scales + at / block * n + i), inverse = inverse_or_zero(scale), slope = zero, curve = zero;
             for (int64_t j = 0; j < block; j++)
                 Lanes::store(values + j * kTile, Lanes::mul(Lanes::load(q + (at + j) * n + i), inverse));
-            for (int64_t l = at; l < s; l++) {
-                F sum = zero;
-                for (int64_t j = 0; j < block; j++)
-                    sum = Lanes::fma(Lanes::load(values + j * kTile), Lanes::broadcast(h[l * s + at + j]), sum);
-                Lanes::store(pull + l * kTile, sum);
-                if (l >= at + block) continue;
-                slope = Lanes::fma(Lanes::load(values + (l - at) * kTile), Lanes::load(panel + l * kTile), slope);
-                curve = Lanes::fma(Lanes::load(values + (l - at) * kTile), sum, curve);
+            for (int64_t l = at; l < s; l += kDelayed) {
+                F sum[kDelayed];
+                for (F& one : sum) one = zero;
+                for (int64_t j = 0; j < block; j++) {
+                    const F value = Lanes::load(values + j * kTile);
+                    for (int t = 0; t < kDelayed; t++)
+                        sum[t] = Lanes::fma(value, Lanes::broadcast(h[(l + t) * s + at + j]), sum[t]);
+                }
+                for (int t = 0; t < kDelayed; t++) Lanes::store(pull + (l + t) * kTile, sum[t]);
+            }
+            for (int64_t l = at; l < at + block; l++) {
+                const F value = Lanes::load(values + (l - at) * kTile);
+                slope = Lanes::fma(value, Lanes::load(panel + l * kTile), slope);
+                curve = Lanes::fma(value, Lanes::load(pull + l * kTile), curve);
             }
             F best = Lanes::fma(slope, inverse_or_zero(curve), scale);
             best = stored(best, Lanes::load(factors + i), float(most));
@@ -209,14 +234,14 @@ void descend(const float* gradient, int64_t s, int64_t n, const float* h, const 
                 float* seen = panel + l * kTile;
                 Lanes::store(seen, Lanes::fma(Lanes::load(pull + l * kTile), minus, Lanes::load(seen)));
             }
-            for (int64_t j = at; j < at + block; j++) {
+            settle(panel, h, s, at, block, [&](int64_t j) {
                 const F scaled = Lanes::mul(Lanes::load(values + (j - at) * kTile), scale);
                 const F before = Lanes::where_greater(moved, zero, scaled, Lanes::load(q + j * n + i));
                 const F slope_j = Lanes::mul(Lanes::load(panel + j * kTile), Lanes::broadcast(1.0f / h[j * s + j]));
                 const F made = Lanes::mul(grid.nearest(Lanes::mul(Lanes::add(before, slope_j), inverse)), scale);
                 Lanes::store(q + j * n + i, made);
-                spread(panel, Lanes::fma(before, Lanes::broadcast(-1.0f), made), h + j * s, j + 1, s);
-            }
+                return Lanes::fma(made, Lanes::broadcast(-1.0f), before);
+            });
         }
     }
 }

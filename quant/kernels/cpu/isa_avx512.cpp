@@ -37,6 +37,7 @@
 
 #include "isa.h"
 #define SLOTMOE_TURN Lanes::turn
+#define SLOTMOE_SEARCH Lanes::search
 #define SLOTMOE_DOT_ONCE Lanes::dot_once
 #ifdef SLOTMOE_AMX
 #include "amx.h"
@@ -117,6 +118,19 @@ struct Lanes {
 
     static F pick(const float* levels, const int32_t* code) {  // levels[code], 16 times
         return _mm512_permutexvar_ps(_mm512_loadu_si512(code), load(levels));
+    }
+
+    // values[how many of L - 1 ascending numbers are less]; both can be loaded from, 16 at once, up to L / 2.
+    template <int L>
+    static F search(F v, const float* numbers, const float* values) {
+        const auto greater = [&](F n) { return _mm512_cmp_ps_mask(v, n, _CMP_GT_OQ); };
+        I count = _mm512_maskz_set1_epi32(greater(broadcast(numbers[L / 2 - 1])), L / 2);
+#pragma GCC unroll 4
+        for (int half = L / 4; half; half /= 2) {
+            const F number = _mm512_permutexvar_ps(count, load(numbers + half - 1));
+            count = _mm512_mask_or_epi32(count, greater(number), count, _mm512_set1_epi32(half));
+        }
+        return _mm512_permutexvar_ps(count, load(values));
     }
 
     static I start(int32_t bias) { return _mm512_set1_epi32(bias); }
