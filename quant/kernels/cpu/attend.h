@@ -1,24 +1,10 @@
 // What attention is made of, beside its kernels: queries over the rows of a cache, split over threads.
 #pragma once
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
-
 #include "api.h"
 
 namespace slotmoe {
 
 constexpr int64_t kMostSpans = 16;
-
-// Of a core's first-level data cache; 0 where the system does not say.
-inline int64_t first_level_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-    static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    return bytes;
-#else
-    return 0;
-#endif
-}
 
 // What a query q [heads, r + p] over `context` rows needs; the split into spans follows from the context alone.
 inline Mla mla_for(const float* q, float* out, const uint8_t* cache, int64_t heads, int64_t context, int64_t stride,
@@ -27,7 +13,6 @@ inline Mla mla_for(const float* q, float* out, const uint8_t* cache, int64_t hea
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
     m.q = q, m.out = out, m.split = INT64_MAX;
     m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
-    m.near = past_l2() && kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
     m.shared = m.tiles < kShared ? kShared / m.tiles : 1;
     return m;

@@ -786,11 +786,10 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
     const Mla& any = m[0];
     const int64_t bytes = latent_bytes(any.r, any.p), heads = any.heads, padded = any.r_padded;
     const int64_t a_head = count * bytes * kSumColumns / (padded * heads * queries);
-    const bool near = any.near;
     int64_t row = 0, byte = 0;
     const auto come_nearer = [&](int64_t some) {  // while so many heads' sums of 64 columns are made
         for (int64_t i = 0; i < a_head * some + 64 && row < count; i += 64) {
-            near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
+            Lanes::prefetch_to_l2(next[row] + byte);
             byte += 64;
             if (byte >= bytes) row++, byte = 0;
         }

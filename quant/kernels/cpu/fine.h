@@ -71,7 +71,6 @@ template <int Tokens>
 SLOTMOE_NOINLINE void fine_tokens(const Int8Matrix& w, const FineBlock* x, const double* factor, int64_t t,
                                   int64_t begin, int64_t end, bool ahead, float* y, int64_t ldy) {
     constexpr int kAll = Tokens * 2, kChains = Lanes::kTokensAtOnce == 4 && Tokens < 3 ? 4 / Tokens : 1;
-    const bool past = past_l2();
     const int8_t* packed = w.packed + begin * w.blocks * kTile * kBlock;
     for (int64_t tile = begin; tile < end; tile++) {
         Lanes::I dots[kAll][kChains];
@@ -91,7 +90,7 @@ SLOTMOE_NOINLINE void fine_tokens(const Int8Matrix& w, const FineBlock* x, const
                     dot = SLOTMOE_DOT_ONCE(dot, of, block[i / 2].digit[i % 2] + 4 * c);
                 }
             }
-            if (ahead) prefetch_lines<kTile * kBlock, true>(packed + kPrefetch, past);
+            if (ahead) prefetch_lines<kTile * kBlock, true>(packed + kPrefetch);
         }
         alignas(64) int32_t sums[kAll][kTile];
         for (int i = 0; i < kAll; i++) {

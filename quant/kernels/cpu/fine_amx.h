@@ -47,9 +47,9 @@ inline void int8_sums(const int8_t* w0, const int8_t* w1, const FineBlock* x, in
         tile_load<kA0>(x->digit[0], sizeof *x), tile_load<kB0>(w0, 64), tile_dot<int8_t, int8_t, 0, kA0, kB0>();
         tile_load<kA1>(x->digit[1], sizeof *x), tile_dot<int8_t, int8_t, 1, kA1, kB0>();
         tile_load<kB1>(w1, 64), tile_dot<int8_t, int8_t, 2, kA0, kB1>(), tile_dot<int8_t, int8_t, 3, kA1, kB1>();
-        for (int row = 0; row < kTileRows; row++) prefetch_lines<2 * kBlock>(x + t + row, false);
+        for (int row = 0; row < kTileRows; row++) prefetch_lines<2 * kBlock>(x + t + row);
         constexpr int kSize = kTile * kBlock;
-        if (ahead) prefetch_lines<kSize>(w0 + 4 * kSize, false), prefetch_lines<kSize>(w1 + 4 * kSize, false);
+        if (ahead) prefetch_lines<kSize>(w0 + 4 * kSize), prefetch_lines<kSize>(w1 + 4 * kSize);
     }
     tile_store<0>(sums[0], 64), tile_store<1>(sums[1], 64), tile_store<2>(sums[2], 64), tile_store<3>(sums[3], 64);
 }

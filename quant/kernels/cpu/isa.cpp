@@ -116,16 +116,6 @@ bool slotmoe::in_halves() {
 #endif
 }
 
-bool slotmoe::past_l2() {
-#if defined(__x86_64__)
-    unsigned a, b = 0, c, d;
-    static const bool intel = __get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547;  // "Genu"ineIntel
-    return !intel;
-#else
-    return true;
-#endif
-}
-
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i].isa->name; }

@@ -92,7 +92,6 @@ struct Mla {
     int64_t tiles;        // of 16 heads
     int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
     int64_t r_padded;     // R rounded up to 64
-    bool near;            // a chunk's rows fit the first-level cache
     int64_t shared;       // queries that go through chunks together at most
     // Filled by mla_queries and, the last, by mla_pack
     float* q_mixed;     // [heads, query_columns]
@@ -238,9 +237,6 @@ struct Isa {
 
 // Whether this processor computes 512 bits in two halves, as Zen 4 does, and its best instruction set is in use.
 bool in_halves();
-// Whether weights on their way to a row's product should pass the second-level cache by. On Zen 4 that is 6 to 20%
-// faster, on Intel's Cascade Lake it takes twice as long.
-bool past_l2();
 
 extern const Isa isa_portable;
 #if defined(__x86_64__)

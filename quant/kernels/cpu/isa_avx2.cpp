@@ -194,7 +194,6 @@ struct Lanes {
     static void add_low(W& w, W bits, int mask) {
         w = {_mm256_add_epi8(w.a, low_bits(bits.a, char(mask))), _mm256_add_epi8(w.b, low_bits(bits.b, char(mask)))};
     }
-    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }

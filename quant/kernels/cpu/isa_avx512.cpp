@@ -190,7 +190,6 @@ struct Lanes {
     static void add_low(W& w, W bits, int mask) {
         w = _mm512_add_epi8(w, _mm512_and_si512(bits, _mm512_set1_epi8(char(mask))));
     }
-    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }

@@ -172,7 +172,6 @@ struct Lanes {
     static void add_low(W& w, const W& bits, int mask) {
         for (int i = 0; i < 4; i++) w.v[i] = vaddq_s8(w.v[i], masked(bits.v[i], mask));
     }
-    static void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
     static void prefetch_to_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
     static void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }

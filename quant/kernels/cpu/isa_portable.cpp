@@ -157,7 +157,6 @@ struct Lanes {
     static W shifted(W w, int bits) { for (int8_t& v : w.v) v = int8_t(uint8_t(v) >> bits); return w; }
     static W at(const Table& table, W codes) { for (int8_t& v : codes.v) v = table.v[v & 15]; return codes; }
     static void add_low(W& w, const W& bits, int mask) { for (int i = 0; i < 64; i++) w.v[i] += int8_t(bits.v[i] & mask); }
-    static void prefetch(const void*) {}
     static void prefetch_to_l1(const void*) {}
     static void prefetch_to_l2(const void*) {}
     static void prefetch_write(const void*) {}

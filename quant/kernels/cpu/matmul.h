@@ -23,17 +23,13 @@ constexpr int kStarts = 256;       // one of so many bytes (decode is 2 to 5% fa
 // Lines kPrefetch ahead. Those of one tile alone, for few tokens, wait for memory: the second-level cache has more of them
 // on their way at once than the first.
 template <int Bytes, bool Alone = false>
-inline void prefetch_lines(const void* p, bool past) {
+inline void prefetch_lines(const void* p) {
     const char* at = static_cast<const char*>(p);
-    if (past)
 #pragma GCC unroll 16
-        for (int line = 0; line < Bytes; line += 64) Lanes::prefetch(at + line);
-    else
-#pragma GCC unroll 16
-        for (int line = 0; line < Bytes; line += 64) {
-            Alone ? Lanes::prefetch_to_l2(at + line) : Lanes::prefetch_to_l1(at + line);
-            if (Alone && line % kStarts == 0 && Bytes > 64) Lanes::prefetch_to_l2(at + line + kPages - kPrefetch);
-        }
+    for (int line = 0; line < Bytes; line += 64) {
+        Alone ? Lanes::prefetch_to_l2(at + line) : Lanes::prefetch_to_l1(at + line);
+        if (Alone && line % kStarts == 0 && Bytes > 64) Lanes::prefetch_to_l2(at + line + kPages - kPrefetch);
+    }
 }
 
 // Scales of 64 or 32 columns in fp16, or of 32 in 8 bits: kParts of a block's 64 columns.
@@ -71,7 +67,6 @@ struct CodedTile {
     static constexpr int kAhead = kPrefetch / kBytes, kFew = 4;
     const uint8_t *codes, *scales;
     Lanes::Table table;
-    bool past;  // past_l2()
 
     void pair(int t, W& first, W& second) const {
         if constexpr (Bits == 3) return Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
@@ -96,8 +91,8 @@ struct CodedTile {
     // The block kAhead after this one, or one `skipped` blocks, of a tile, behind that.
     template <bool Alone = true>
     void prefetch(int64_t skipped = 0) const {
-        prefetch_lines<kBytes, Alone>(codes + (kAhead + skipped) * kBytes, past);
-        prefetch_lines<1, Alone>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0), past);
+        prefetch_lines<kBytes, Alone>(codes + (kAhead + skipped) * kBytes);
+        prefetch_lines<1, Alone>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0));
     }
     void next(int64_t blocks = 1) { codes += blocks * kBytes, scales += blocks * Scales::kBytes; }
 };
@@ -105,7 +100,6 @@ struct CodedTile {
 struct Int8Tile {
     static constexpr int kBytes = 1024, kParts = 1, kSums = 1, kAhead = kPrefetch / kBytes, kFew = 8;
     const int8_t* packed;
-    bool past;  // past_l2()
 
     void pair(int t, W& first, W& second) const {
         first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
@@ -115,7 +109,7 @@ struct Int8Tile {
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
     template <bool Alone = true>
     void prefetch(int64_t skipped = 0) const {
-        prefetch_lines<kBytes, Alone>(packed + (kAhead + skipped) * kBytes, past);
+        prefetch_lines<kBytes, Alone>(packed + (kAhead + skipped) * kBytes);
     }
     void next() { packed += kBytes; }
 };
@@ -340,8 +334,7 @@ inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const Blo
                            int64_t t, int64_t begin, int64_t end, float* y, int64_t ldy) {
     using Tile = CodedTile<Bits, Scales>;
     const Lanes::Table table = Lanes::table(levels.q);
-    const bool past = past_l2();
-    const auto at = [&](int64_t i) { return Tile{w.tile_codes(i), w.tile_scales(i) + Scales::kRows, table, past}; };
+    const auto at = [&](int64_t i) { return Tile{w.tile_codes(i), w.tile_scales(i) + Scales::kRows, table}; };
     multiply<Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
         const float* rows = Scales::kRows ? reinterpret_cast<const float*>(w.tile_scales(i)) : nullptr;
         write(totals, rows, w.n - i * kTile, factor[token] * levels.step, y + token * ldy + i * kTile);
@@ -365,8 +358,7 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const void* blocks,
 void int8_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
                 float* y, int64_t ldy) {
     const ActBlock* x = static_cast<const ActBlock*>(blocks);
-    const bool past = past_l2();
-    const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes, past}; };
+    const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes}; };
     multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
         write(totals, w.scale + i * kTile, w.n - i * kTile, factor[token], y + token * ldy + i * kTile);
     });
