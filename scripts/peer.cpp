@@ -1,4 +1,4 @@
-// Drives ik_llama.cpp for `python scripts/peer.py`: does what each line of stdin says and
+// Drives ik_llama.cpp for `python -m scripts.peer`: does what each line of stdin says and
 // answers with a line like `seconds 1.25`.  The library writes lines of its own.
 //
 //   prefill N      N random tokens from an empty cache
