@@ -26,7 +26,7 @@ BOUNDS = {
     # its files
     "product files": 152,
     # lines of C++, headers and shaders
-    "C++ and GLSL": 9_646,
+    "C++ and GLSL": 9_642,
     # words of README.md and docs/
     "words": 21_528,
 }
