@@ -85,7 +85,7 @@ def test_feedback_and_descent_lower_the_error_of_outputs(heavy, codec, monkeypat
     least = 0.7 * output_error(weight, plain, hessian)[0]
     assert max(found[:2]) < least and found[4] < found[2] < found[0]
     assert not taken[0].equal(taken[2])  # feedback's scales, and better ones by descent
-    assert (torch.stack(made[::2]) == torch.stack(made[1::2])).float().mean() > 0.95  # by torch
+    assert (torch.stack(made[::2]) == torch.stack(made[1::2])).float().mean() > 0.95  # alike
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])

@@ -140,7 +140,7 @@ inline F stored(F scale, F factor, float most) {
 
 // Add changes of columns from `at` on, times what their rows of a matrix [s, s] say, to columns first..last of a panel,
 // one change after the other.
-constexpr int kDelayed = 8;  // changes that columns further behind take at once, by one load and store
+constexpr int kColumns = 8;  // whose sums or changes the registers hold, so that the rest is loaded once for all
 template <int Count>
 inline void spread(float* panel, const F* changes, const float* matrix, int64_t s, int64_t at, int64_t first,
                    int64_t last) {
@@ -155,13 +155,13 @@ inline void spread(float* panel, const F* changes, const float* matrix, int64_t 
 // Columns first..first + block in order: `column(j)` settles one and says what it changes behind it.
 template <class Column>
 inline void settle(float* panel, const float* matrix, int64_t s, int64_t first, int64_t block, Column column) {
-    for (int64_t at = first; at < first + block; at += kDelayed) {
-        F changes[kDelayed];
-        for (int j = 0; j < kDelayed; j++) {
+    for (int64_t at = first; at < first + block; at += kColumns) {
+        F changes[kColumns];
+        for (int j = 0; j < kColumns; j++) {
             changes[j] = column(at + j);
-            spread<1>(panel, changes + j, matrix, s, at + j, at + j + 1, at + kDelayed);
+            spread<1>(panel, changes + j, matrix, s, at + j, at + j + 1, at + kColumns);
         }
-        spread<kDelayed>(panel, changes, matrix, s, at, at + kDelayed, s);
+        spread<kColumns>(panel, changes, matrix, s, at, at + kColumns, s);
     }
 }
 
@@ -205,15 +205,15 @@ void descend(const float* gradient, int64_t s, int64_t n, const float* h, const 
             F scale = Lanes::load(scales + at / block * n + i), inverse = inverse_or_zero(scale), slope = zero, curve = zero;
             for (int64_t j = 0; j < block; j++)
                 Lanes::store(values + j * kTile, Lanes::mul(Lanes::load(q + (at + j) * n + i), inverse));
-            for (int64_t l = at; l < s; l += kDelayed) {
-                F sum[kDelayed];
+            for (int64_t l = at; l < s; l += kColumns) {
+                F sum[kColumns];
                 for (F& one : sum) one = zero;
                 for (int64_t j = 0; j < block; j++) {
                     const F value = Lanes::load(values + j * kTile);
-                    for (int t = 0; t < kDelayed; t++)
+                    for (int t = 0; t < kColumns; t++)
                         sum[t] = Lanes::fma(value, Lanes::broadcast(h[(l + t) * s + at + j]), sum[t]);
                 }
-                for (int t = 0; t < kDelayed; t++) Lanes::store(pull + (l + t) * kTile, sum[t]);
+                for (int t = 0; t < kColumns; t++) Lanes::store(pull + (l + t) * kTile, sum[t]);
             }
             for (int64_t l = at; l < at + block; l++) {
                 const F value = Lanes::load(values + (l - at) * kTile);
