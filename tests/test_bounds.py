@@ -101,7 +101,7 @@ def way_of_a_token(export, slots=None):
         decoded = runtime.stats()["tokens"]["decode_tokens"] - before
     files = Counter()
     for name, count in calls.items():
-        if (path := Path(name).resolve()).is_relative_to(ROOT) and path.is_file():
+        if {ROOT / folder for folder in PRODUCT} & {*(path := Path(name).resolve()).parents}:
             files[str(path.relative_to(ROOT))] += count
     return sorted(files), sum(files.values()) / decoded
 

@@ -76,8 +76,8 @@ def there(seen, program, monkeypatch, tmp_path):
         answers = {"init": init, "get_device_name": "NVIDIA RTX {}".format}
         answers |= {"device_count": lambda: 2, "get_arch_list": lambda: ["sm_75", "sm_80"]}
         answers["get_device_capability"] = lambda index: capability
+        monkeypatch.setattr(torch.version, "cuda", None if problem is None else "13.2")
         if problem is not None:
-            monkeypatch.setattr(torch.version, "cuda", "13.2")
             for name, answer in answers.items():
                 monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.delenv("CC", raising=False)
@@ -113,7 +113,7 @@ def test_each_command_says_why(heavy, there, slotmoe, monkeypatch, way, command)
 def test_doctor_and_plan_ask_in_a_process_of_their_own(heavy, seen, program, slotmoe, monkeypatch):
     """Torch as it is here; one that crashes is a sentence, and so is memory that nobody tells."""
     seen()
-    assert "it was built without that" in slotmoe("doctor")[1]
+    assert ("use CUDA: " if torch.version.cuda else "built without that") in slotmoe("doctor")[1]
     program("nvidia-smi", "echo 'NVIDIA GB10, [N/A], 580.95'")
     for script, told in (("kill -SEGV $$", "ends with -11"), ("echo a fault >&2; exit 1", "fault")):
         monkeypatch.setattr(sys, "executable", program("python", script))
