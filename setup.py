@@ -33,7 +33,9 @@ FLAGS += ARITHMETIC
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}=."]  # the same bytes wherever it is built
 if sys.platform == "darwin":  # its headers refuse aligned memory where they aim at old systems
     FLAGS += ["-faligned-allocation"]
-PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
+PACKAGES = ["slotmoe", "slotmoe.network", "slotmoe.system"]
+FOLDER_NAMES = [name for folder in FOLDERS for name in (folder, f"{folder}.*")]
+PACKAGES += [f"slotmoe.{package}" for package in find_packages(include=FOLDER_NAMES)]
 
 
 class OnAllCores(build_ext):
@@ -83,7 +85,12 @@ class OnAllCores(build_ext):
 
 setup(
     cmdclass={"build_ext": OnAllCores},
-    packages=["slotmoe", "slotmoe.system", *(f"slotmoe.{package}" for package in PACKAGES)],
+    packages=[
+        "slotmoe",
+        "slotmoe.network",
+        "slotmoe.system",
+        *(f"slotmoe.{package}" for package in PACKAGES),
+    ],
     package_dir={f"slotmoe.{folder}": folder for folder in FOLDERS},
     ext_modules=[
         Extension(

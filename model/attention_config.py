@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from slotmoe.jsonfile import Json, typed
 from slotmoe.model.families import Family
-from slotmoe.quant.shapes import Activation
+from slotmoe.network.shapes import Activation
 
 MAX_INT = 1 << 31
 Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]

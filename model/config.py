@@ -19,7 +19,7 @@ from slotmoe.model import attention_config as attention
 from slotmoe.model.attention_config import MAX_INT, Positive
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
-from slotmoe.quant.shapes import SWIGLU, Activation
+from slotmoe.network.shapes import SWIGLU, Activation
 
 MAX_CONFIG_BYTES = 1 << 20
 

@@ -9,7 +9,7 @@ in ``config.json``.
 from pathlib import Path
 from typing import NamedTuple
 
-from slotmoe.quant.shapes import SWIGLU, Activation
+from slotmoe.network.shapes import SWIGLU, Activation
 
 _TEMPLATES = Path(__file__).with_name("templates")
 

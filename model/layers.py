@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe import border
-from slotmoe.border import Chunk, Geometry, Layer, Mixed, Mixing, Mla, Pending, Router
 from slotmoe.model.attention import attentions
 from slotmoe.model.config import Config
 from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
+from slotmoe.network import layer_types
+from slotmoe.network.layer_types import Chunk, Geometry, Layer, Mixed, Mixing, Mla, Pending, Router
 from slotmoe.quant.backends.base import Prepared, RoutedExperts, TorchBackend
 
 T = TypeVar("T")
@@ -46,21 +46,23 @@ def layer_of(weights: Mapping[str, Prepared], layer: int, window: int) -> Layer[
             parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
     attention: object
     if "conv" in parts:
-        attention = _filled(border.Delta, parts)
+        attention = _filled(layer_types.Delta, parts)
     elif "k_proj" in parts:
-        attention = _filled(border.Grouped, parts, window=window)
+        attention = _filled(layer_types.Grouped, parts, window=window)
     elif "kv_proj" in parts:
-        keys = _filled(border.Compressor, parts, "compressed_indexer_")
-        indexer = _filled(border.CompressedIndexer, parts, "compressed_indexer_", compressor=keys)
-        compressor = _filled(border.Compressor, parts, "compressor_")
-        attention = _filled(border.Compressed, parts, compressor=compressor, indexer=indexer)
+        keys = _filled(layer_types.Compressor, parts, "compressed_indexer_")
+        indexer = _filled(
+            layer_types.CompressedIndexer, parts, "compressed_indexer_", compressor=keys
+        )
+        compressor = _filled(layer_types.Compressor, parts, "compressor_")
+        attention = _filled(layer_types.Compressed, parts, compressor=compressor, indexer=indexer)
     else:
-        attention = _filled(Mla, parts, indexer=_filled(border.Indexer, parts, "indexer_"))
+        attention = _filled(Mla, parts, indexer=_filled(layer_types.Indexer, parts, "indexer_"))
     whole: Layer[Prepared] | None = _filled(
         Layer,
         parts,
         attention=attention,
-        mlp=_filled(border.Mlp, parts),  # of a dense layer, or of shared experts
+        mlp=_filled(layer_types.Mlp, parts),  # of a dense layer, or of shared experts
         attention_mixing=_filled(Mixing, parts, "attn_hc_"),
         mlp_mixing=_filled(Mixing, parts, "ffn_hc_"),
     )
@@ -79,16 +81,18 @@ def geometry_of(config: Config) -> Geometry:
     """What a backend has to know of ``config``."""
     c, indexer, compressed, hyper, grouped, delta = config, *[None] * 5
     if (i := c.indexer) is not None:
-        indexer = border.IndexGeometry(i.n_heads, i.head_dim, i.topk, i.halves)
+        indexer = layer_types.IndexGeometry(i.n_heads, i.head_dim, i.topk, i.halves)
     if c.compressed is not None:
-        compressed = border.CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
+        compressed = layer_types.CompressedGeometry(
+            c.compressed.sliding_window, c.compressed.o_groups
+        )
     if (h := c.hyper) is not None:
-        hyper = border.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
+        hyper = layer_types.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
     if (a := c.grouped) is not None:
-        grouped = border.GroupedGeometry(a.groups, a.head_dim, c.family.norm_last)
+        grouped = layer_types.GroupedGeometry(a.groups, a.head_dim, c.family.norm_last)
     if (d := c.delta) is not None:
         heads, widths = (d.num_key_heads, d.num_value_heads), (d.key_head_dim, d.value_head_dim)
-        delta = border.DeltaGeometry(*heads, *widths, d.latent > 0)
+        delta = layer_types.DeltaGeometry(*heads, *widths, d.latent > 0)
     queries = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
     factors = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
     rest = not c.rope_interleave, router_of(c), c.moe_intermediate_size

@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 from typing import NamedTuple
 
 from slotmoe.model.config import Config
-from slotmoe.quant.shapes import CONVOLVED
+from slotmoe.network.shapes import CONVOLVED
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, LOGIT_BIAS, POST_NORM = "mlp.gate", "mlp.gate.bias", "post_attention_layernorm"

@@ -19,14 +19,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Ends, Mixing, Timer
 from slotmoe.model import names
 from slotmoe.model.attention_config import Rope
 from slotmoe.model.config import Config
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS, layer_tensor
+from slotmoe.network.layer_types import Chunk, Ends, Mixing, Timer
+from slotmoe.network.state import SequenceState
 from slotmoe.quant.backends.base import Prepared, RoutedExperts, Runner, SlotTable, TorchBackend
-from slotmoe.state import SequenceState
 
 States: TypeAlias = Sequence[SequenceState]
 _PIECE = 512  # rows whose doubly wide input is in memory at once

@@ -1,20 +1,21 @@
-"""The kinds of attention.  Each is a dataclass of weights (``slotmoe.border``), a sequence's state
-(``slotmoe.state``) and a class here; a layer's weights say by their type which it is."""
+"""The kinds of attention.  Each is a dataclass of weights (``slotmoe.network.layer_types``), a
+sequence's state (``slotmoe.network.state``) and a class here; a layer's weights say by their type
+which it is."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, dtype
 
-from slotmoe import state
-from slotmoe.border import Chunk, Compressed, Delta, Geometry, Grouped, Mla
 from slotmoe.model.attention.compressed import CompressedAttention
 from slotmoe.model.attention.grouped import DeltaAttention, GroupedAttention
 from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
+from slotmoe.network import state
+from slotmoe.network.layer_types import Chunk, Compressed, Delta, Geometry, Grouped, Mla
+from slotmoe.network.recurrent_state import Deltas
+from slotmoe.network.shapes import MARKS, Marks
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.shapes import MARKS, Marks
-from slotmoe.tails import Deltas
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,

@@ -15,9 +15,16 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Compressed, CompressedIndexer, Compressor, Geometry, ListedRows
+from slotmoe.network.layer_types import (
+    Chunk,
+    Compressed,
+    CompressedIndexer,
+    Compressor,
+    Geometry,
+    ListedRows,
+)
+from slotmoe.network.state import CompressedCache, Group
 from slotmoe.quant.backends.base import Prepared, TorchBackend
-from slotmoe.state import CompressedCache, Group
 
 
 class CompressedAttention:

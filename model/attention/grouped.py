@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Delta, DeltaRows, Geometry, Grouped, GroupedRows
+from slotmoe.network.layer_types import Chunk, Delta, DeltaRows, Geometry, Grouped, GroupedRows
+from slotmoe.network.shapes import CONVOLVED
+from slotmoe.network.state import GroupedCache
 from slotmoe.quant.backends.base import Prepared, TorchBackend
-from slotmoe.quant.shapes import CONVOLVED
-from slotmoe.state import GroupedCache
 
 
 class GroupedAttention:

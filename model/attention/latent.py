@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Geometry, Indexer, ListedRows, Mla
+from slotmoe.network.layer_types import Chunk, Geometry, Indexer, ListedRows, Mla
+from slotmoe.network.state import LatentCache
 from slotmoe.quant.backends.attention import attend, block_size
 from slotmoe.quant.backends.base import Prepared, TorchBackend
-from slotmoe.state import LatentCache
 
 _INDEX_EPS = 1e-6  # of the indexer's norm, whatever rms_norm_eps says
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.config import Config
+from slotmoe.network.shapes import Activation
 from slotmoe.offload.devices.pages import Arena, in_large_pages
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Empty, TorchBackend
-from slotmoe.quant.shapes import Activation
 from slotmoe.system import Placement
 
 T = TypeVar("T")

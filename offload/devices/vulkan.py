@@ -17,6 +17,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
+from slotmoe.network.shapes import Activation
 from slotmoe.offload.devices.device import Device, DeviceMemory, Event, Region
 from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
@@ -26,7 +27,6 @@ from slotmoe.offload.plan.precision import check_vulkan
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.vulkan import DeviceRows, VulkanBackend, allocate
 from slotmoe.quant.kernels import vulkan as kernels
-from slotmoe.quant.shapes import Activation
 
 _NONE = torch.empty(0, dtype=torch.uint8)
 # Of what a model is opened with, the values that are there.

@@ -19,6 +19,7 @@ from slotmoe.model.names import EMBEDDING, HEAD, resident_shapes, role_of
 from slotmoe.model.network import MtpHead, Network
 from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.network.state import SequenceState, plain_row
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import tune_heap
 from slotmoe.offload.devices.vulkan import PlacedExperts
@@ -47,7 +48,6 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.quant.shapes import TABLE
 from slotmoe.sizes import format_size, parse_size, size_option
-from slotmoe.state import SequenceState, plain_row
 from slotmoe.system import MAX_THREADS, choose_placement
 
 Store: TypeAlias = DiskReader | HostTier

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.attention import new_state
+from slotmoe.network.state import SequenceState
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.policy.passes import MEMORY, MOST_DRAFTED, RATE, Draft, Drafting, NGrams
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.sizes import format_size
-from slotmoe.state import SequenceState
 
 EACH_AT_ONCE = 16  # rows of logits made at once, each as it is alone
 _HEAD_CHANCE = 0.7  # that the head's token comes, before any was seen

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.border import Timer
 from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
+from slotmoe.network.layer_types import Timer
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.experts.ahead import Lookahead
 from slotmoe.offload.experts.misses import HostCompute

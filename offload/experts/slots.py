@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Biases, Mlp
 from slotmoe.errors import DeviceError, SlotmoeError
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, expert_shapes
+from slotmoe.network.layer_types import Biases, Mlp
 from slotmoe.offload.devices.device import Device, Region
 from slotmoe.offload.devices.pages import Touching
 from slotmoe.offload.experts.disk import DiskReader

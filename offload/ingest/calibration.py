@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import Chunk, Pending
 from slotmoe.errors import ConfigError, reading
 from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -41,13 +40,14 @@ from slotmoe.model.names import (
 )
 from slotmoe.model.network import Positions
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.network.layer_types import Chunk, Pending
+from slotmoe.network.shapes import Activation
+from slotmoe.network.state import plain_row
 from slotmoe.offload.ingest.output_dir import STREAM, Resumption
 from slotmoe.quant.backends.base import Prepared, TorchBackend, activated
 from slotmoe.quant.codecs.encode import Hessian, fast_products
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
-from slotmoe.quant.shapes import Activation
-from slotmoe.state import plain_row
 
 MIN_TOKENS, MAX_TOKENS = 5000, 3 << 13  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
 
-from slotmoe.border import Timer
 from slotmoe.errors import informs
+from slotmoe.network.layer_types import Timer
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.machine import process_bytes

@@ -12,10 +12,11 @@ from functools import lru_cache
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
+from slotmoe.network.shapes import CONVOLVED, MARKS, SPARE, Marks, latent_bytes
 from slotmoe.offload.policy.passes import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant import shapes
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
-from slotmoe.quant.shapes import CONVOLVED, FEW_ROWS, MARKS, PART_ROWS, SPANS, SPARE, SPLITS, Marks
+from slotmoe.quant.shapes import FEW_ROWS, PART_ROWS, SPANS, SPLITS
 from slotmoe.sizes import format_size
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some logits depend on it
@@ -73,7 +74,7 @@ def _kept(config: Config, kernels: str) -> Iterator[_Kept]:
 
     def row(latent: int, rope: int) -> int:
         if kernels == "native":
-            return shapes.latent_bytes(latent, rope)
+            return latent_bytes(latent, rope)
         return (latent + rope) * (4 if kernels == "reference" else 2)
 
     c, indexer = config.compressed, config.indexer

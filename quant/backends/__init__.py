@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from slotmoe.errors import ConfigError
+from slotmoe.network.shapes import SWIGLU, Activation
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.shapes import SWIGLU, Activation
 
 # Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
 KERNELS_CAPABILITY = 8, 0

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import Delta, DeltaGeometry, DeltaRows, GroupedRows, ListedRows
+from slotmoe.network.layer_types import Delta, DeltaGeometry, DeltaRows, GroupedRows, ListedRows
 from slotmoe.quant.kernels.cpu.weights import Prepared
 
 _GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once

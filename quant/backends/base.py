@@ -16,8 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe import border
-from slotmoe.border import Chunk, Geometry, HyperGeometry, Layer, Mixed, Mixing, Pending, Router
+from slotmoe.network import layer_types
+from slotmoe.network.layer_types import (
+    Chunk,
+    Geometry,
+    HyperGeometry,
+    Layer,
+    Mixed,
+    Mixing,
+    Pending,
+    Router,
+)
+from slotmoe.network.shapes import SWIGLU, Activation
+from slotmoe.network.state import Empty as Empty
 from slotmoe.quant.backends.attention import TorchAttention
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import Int8Weight, Placed, Weight, dequantize, map_tensors, rows
@@ -25,8 +36,6 @@ from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
-from slotmoe.quant.shapes import SWIGLU, Activation
-from slotmoe.state import Empty as Empty
 from slotmoe.system import Placement
 
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
@@ -56,11 +65,11 @@ class Records:
         self.slab, self.layout, self.levels = slab, layout, levels
         self.bound: bindings.ExpertSlab | None = None
 
-    def mlp(self, slot: int) -> border.Mlp[Prepared]:
+    def mlp(self, slot: int) -> layer_types.Mlp[Prepared]:
         """The expert in row ``slot``, as views."""
         record, layout = self.slab[slot], self.layout
         gate, up, down = (layout.weight(record, name, self.levels) for name in PROJECTIONS)
-        return border.Mlp(gate, up, down, layout.biases(record))
+        return layer_types.Mlp(gate, up, down, layout.biases(record))
 
 
 class SlotTable(NamedTuple):
@@ -194,7 +203,7 @@ class TorchBackend(TorchAttention):
         """Norm by mean and variance over the last dimension, float32 [T, D]."""
         return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
-    def mlp(self, x_TD: Tensor, weights: border.Mlp[Prepared]) -> Tensor:
+    def mlp(self, x_TD: Tensor, weights: layer_types.Mlp[Prepared]) -> Tensor:
         """``down`` of what ``activated`` makes of ``gate`` and ``up``, float32 [T, D]."""
         gate_TI, up_TI = self.linear(x_TD, weights.gate_proj), self.linear(x_TD, weights.up_proj)
         if weights.biases is not None:
@@ -297,7 +306,10 @@ class TorchBackend(TorchAttention):
         return None
 
     def decoder(
-        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], ends: border.Ends[Prepared]
+        self,
+        geometry: Geometry,
+        layers: Sequence[Layer[Prepared]],
+        ends: layer_types.Ends[Prepared],
     ) -> Runner | None:
         """What runs passes over a few tokens of each sequence, each bitwise what the operations
         give for it alone; None where the network shall run them so."""

@@ -14,7 +14,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from slotmoe import border
+from slotmoe.network import layer_types
+from slotmoe.network.layer_types import Chunk, HyperGeometry, Mixed, Mixing, Pending
+from slotmoe.network.recurrent_state import Tail
+from slotmoe.network.shapes import CONVOLVED, SWIGLU, Activation, latent_bytes
+from slotmoe.network.state import CompressedCache, GroupedCache, LatentCache, SequenceState
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
@@ -33,10 +37,7 @@ from slotmoe.quant.kernels.cpu.bindings import (
     layer_rows,
 )
 from slotmoe.quant.kernels.cpu.weights import Absorbed, BoundLayers, BoundMlp, Matrix, bind_router
-from slotmoe.quant.shapes import CONVOLVED, SWIGLU, Activation, latent_bytes
-from slotmoe.state import CompressedCache, GroupedCache, LatentCache, SequenceState
 from slotmoe.system import Placement
-from slotmoe.tails import Tail
 
 _ENDED = 32  # rows whose logits a pass gives
 
@@ -66,11 +67,11 @@ class NativeDecoder:
         self._positions, self._given = int64s([]), tuple[object, ...]()
         self._ids: tuple[Tensor | None, int | None] = None, None
         self._reached, self._spent = ctypes.c_int64(), (ctypes.c_double * len(STAGES))()
-        kinds = {border.Mla: self._latent, border.Compressed: self._compressed}
-        kinds |= {border.Grouped: self._grouped}
+        kinds = {layer_types.Mla: self._latent, layer_types.Compressed: self._compressed}
+        kinds |= {layer_types.Grouped: self._grouped}
         self._tokens = kinds[layers.attention]
 
-    def run_layers(self, chunk: border.Chunk, experts: RoutedExperts) -> border.Pending | None:
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> Pending | None:
         """See ``slotmoe.quant.backends.base.Runner``.  ``AssertionError`` for a tensor of another
         shape, kind or place than the layers', ``ValueError`` for a slab or window too small."""
         table = experts.slot_table()
@@ -128,10 +129,10 @@ class NativeDecoder:
         if asked > 1:
             experts.passed(first, indices[: asked - 1], norms[: asked - 1])
         chunk.x_TD = norms[asked - 1]
-        return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
+        return Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
 
     def _latent(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: list[int]
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: list[int]
     ) -> ctypes.Structure:
         """With each token's latent cache, and what indexers keep and have chosen."""
         caches, T = cast(Sequence[LatentCache], states), len(positions)
@@ -157,13 +158,13 @@ class NativeDecoder:
         return self._structure
 
     def _compressed(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: list[int]
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: list[int]
     ) -> ctypes.Structure:
         """With each token's rows of the window, and compressed ones."""
         caches, layers = cast(Sequence[CompressedCache], states), self._layers
         T, C, Q, c64 = len(positions), layers.sizes["C"], layers.streams, torch.complex64
         if chunk.mixed is None:
-            chunk.mixed = border.Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
+            chunk.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
         assert chunk.compressed_C is not None
         groups, self._tables = list[object](), list[Tensor]()  # which the call reads
         for shape in layers.groups:
@@ -180,7 +181,7 @@ class NativeDecoder:
         return self._bound(positions, *given, *NO_DELTA, *groups)
 
     def _grouped(
-        self, chunk: border.Chunk, states: Sequence[SequenceState], positions: list[int]
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: list[int]
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
         caches = cast(Sequence[GroupedCache], states)
@@ -280,20 +281,18 @@ class NativeBackend(TorchBackend):
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
         return self._native.layer_norm(x_TD.contiguous(), weight_D, bias_D, eps)
 
-    def mix(
-        self, h_TD: Tensor, mixing: border.Mixing, hyper: border.HyperGeometry
-    ) -> tuple[Tensor, border.Mixed]:
+    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
         Q, iterations, small, eps = hyper
         h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
         weights = fn, mixing.base, mixing.scale
         x_TD, *mixed = self._native.hyper_in.results(h_TQD, *weights, eps, iterations, small)
-        return x_TD, border.Mixed(*mixed)
+        return x_TD, Mixed(*mixed)
 
-    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: border.Mixed) -> Tensor:
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
         h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
         return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
 
-    def collapse(self, h_TD: Tensor, mixing: border.Mixing, hyper: border.HyperGeometry) -> Tensor:
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> Tensor:
         Q, _, small, eps = hyper
         h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
         return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, small)
@@ -302,7 +301,7 @@ class NativeBackend(TorchBackend):
         kv_BSY, gate_BSY = (part.contiguous() for part in both_BS2Y.unbind(2))
         return self._native.compress(kv_BSY, gate_BSY, bias_SY, norm_Y, eps)
 
-    def mlp(self, x_TD: Tensor, weights: border.Mlp[Prepared]) -> Tensor:
+    def mlp(self, x_TD: Tensor, weights: layer_types.Mlp[Prepared]) -> Tensor:
         if (mlp := self._mlp(weights)) is None:
             return super().mlp(x_TD, weights)
         return self._native.mlp(mlp, x_TD.contiguous())
@@ -337,14 +336,14 @@ class NativeBackend(TorchBackend):
         values = q_THW.contiguous(), *latent_rows(rows_SX, R, P), scale
         return self._native.mla(*values, C=S, R=R, P=P)
 
-    def attend(self, q_THW: Tensor, listed: border.ListedRows, R: int, scale: float) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: layer_types.ListedRows, R: int, scale: float) -> Tensor:
         rows_SX, more_SX, lists_TL, sinks_H = listed
         P, more_SX = q_THW.shape[-1] - R, rows_SX[:0] if more_SX is None else more_SX
         values = q_THW.contiguous(), *latent_rows(rows_SX, R, P), *latent_rows(more_SX, R, P)
         sizes = {"C": len(rows_SX), "D": len(more_SX), "R": R, "P": P}
         return self._native.attend(*values, lists_TL.contiguous(), scale, sinks_H, **sizes)
 
-    def grouped(self, q_THZ: Tensor, cached: border.GroupedRows, scale: float) -> Tensor:
+    def grouped(self, q_THZ: Tensor, cached: layer_types.GroupedRows, scale: float) -> Tensor:
         rows_GSX, first, window, sinks_H = cached
         (G, S, _), Z = rows_GSX.shape, q_THZ.shape[-1]
         group, row, _ = layer_rows([rows_GSX], G, latent_bytes(Z, Z))
@@ -356,10 +355,10 @@ class NativeBackend(TorchBackend):
 
     def delta(
         self,
-        cached: border.DeltaRows,
+        cached: layer_types.DeltaRows,
         z_TY: Tensor,
-        weights: border.Delta[Prepared],
-        sizes: border.DeltaGeometry,
+        weights: layer_types.Delta[Prepared],
+        sizes: layer_types.DeltaGeometry,
         eps: float,
     ) -> Tensor:
         w, z_TAV = weights, z_TY.unflatten(-1, (sizes.value_heads, sizes.V))
@@ -379,7 +378,7 @@ class NativeBackend(TorchBackend):
     def route(
         self,
         logits_TE: Tensor,
-        router: border.Router,
+        router: layer_types.Router,
         bias_E: Tensor | None,
         chosen_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -389,9 +388,9 @@ class NativeBackend(TorchBackend):
 
     def decoder(
         self,
-        geometry: border.Geometry,
-        layers: Sequence[border.Layer[Prepared]],
-        ends: border.Ends[Prepared],
+        geometry: layer_types.Geometry,
+        layers: Sequence[layer_types.Layer[Prepared]],
+        ends: layer_types.Ends[Prepared],
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
@@ -399,14 +398,14 @@ class NativeBackend(TorchBackend):
         mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
-            if isinstance(attention := layer.attention, border.Mla):
+            if isinstance(attention := layer.attention, layer_types.Mla):
                 is_native = isinstance(attention.kv_b_proj, Absorbed)
-            elif isinstance(attention, border.Grouped):
+            elif isinstance(attention, layer_types.Grouped):
                 assert geometry.grouped is not None
                 norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
                 alike = all(len(norm) == geometry.grouped.Z for norm in norms)
                 is_native = alike or not geometry.grouped.norm_last
-            elif isinstance(attention, border.Delta):
+            elif isinstance(attention, layer_types.Delta):
                 is_native = True
             else:
                 assert geometry.compressed is not None
@@ -438,7 +437,7 @@ class NativeBackend(TorchBackend):
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
-    def _mlp(self, weights: border.Mlp[Prepared]) -> BoundMlp | None:
+    def _mlp(self, weights: layer_types.Mlp[Prepared]) -> BoundMlp | None:
         """The weights bound for native calls; None unless all are tiled int8, or of one codec, and
         without biases."""
         parts = weights.gate_proj, weights.up_proj, weights.down_proj

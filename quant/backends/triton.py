@@ -6,7 +6,7 @@ tokens use tensor cores in bfloat16.  Both read weights as they are stored.  Wit
 
 Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R
 kv_lora_rank, E experts; of lists, indexers, residual streams and compressed rows as in
-``slotmoe.border``.
+``slotmoe.network.layer_types``.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,25 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Ends, Geometry, HyperGeometry, Layer, ListedRows, Mixed, Mixing, Mla, Mlp
+from slotmoe.network.layer_types import (
+    Ends,
+    Geometry,
+    HyperGeometry,
+    Layer,
+    ListedRows,
+    Mixed,
+    Mixing,
+    Mla,
+    Mlp,
+)
+from slotmoe.network.shapes import SWIGLU, Activation
 from slotmoe.quant.backends import triton_few
 from slotmoe.quant.backends.attention import first_best
 from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_few import ROWS, FewExperts, operand, power
 from slotmoe.quant.kernels.triton import tiles, v4
-from slotmoe.quant.shapes import PART_ROWS, SPLITS, SWIGLU, Activation
+from slotmoe.quant.shapes import PART_ROWS, SPLITS
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from slotmoe.border import Chunk, Geometry, Layer, Mla, Pending
+from slotmoe.network.layer_types import Chunk, Geometry, Layer, Mla, Pending
+from slotmoe.network.state import LatentCache
 from slotmoe.quant.backends import triton_few as launch
 from slotmoe.quant.backends.base import Prepared, RoutedExperts, SlotTable
 from slotmoe.quant.backends.graphs import Captured
@@ -37,7 +38,6 @@ from slotmoe.quant.backends.triton_few import (
 )
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.kernels.triton import mla
-from slotmoe.state import LatentCache
 
 
 class Place(NamedTuple):

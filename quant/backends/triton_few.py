@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from slotmoe.border import Mlp, Pending, Router
+from slotmoe.network.layer_types import Mlp, Pending, Router
 from slotmoe.quant.backends.base import Prepared, Records, unbound
 from slotmoe.quant.backends.graphs import Captured, Capturing, CudaGraphs
 from slotmoe.quant.codecs.codec import KINDS, TILE

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Ends, Geometry, Grouped, Layer, Mla
 from slotmoe.errors import ConfigError
+from slotmoe.network.layer_types import Chunk, Ends, Geometry, Grouped, Layer, Mla
+from slotmoe.network.state import GroupedCache, LatentCache
 from slotmoe.quant.backends.base import Empty, Prepared, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels import vulkan as kernels
 from slotmoe.quant.shapes import WIDENED
-from slotmoe.state import GroupedCache, LatentCache
 from slotmoe.system import Placement
 
 _ALIGNMENT = 256  # bytes, of a tensor among others

@@ -15,8 +15,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from slotmoe.border import Biases
 from slotmoe.jsonfile import Json
+from slotmoe.network.layer_types import Biases
 from slotmoe.quant.codecs.codec import Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.shapes import ALIGNMENT, padded, record_bytes

@@ -13,13 +13,13 @@ from torch import Tensor
 from slotmoe import system
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
+from slotmoe.network.state import Empty
 from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, possible_scales
 from slotmoe.quant.export import layout
 from slotmoe.quant.export import manifest as manifests
 from slotmoe.quant.export.manifest import regular_file
 from slotmoe.quant.shapes import ALIGNMENT, padded
-from slotmoe.state import Empty
 
 
 class Folder:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from slotmoe.model.config import config_among
+from slotmoe.network.shapes import SWIGLU, Activation
 from slotmoe.offload.engine import loading
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.shapes import SWIGLU, Activation
 from tests.support import plain
 from tests.support.families import V2_CASES
 from tests.support.native import feed, reference_cache, reference_of

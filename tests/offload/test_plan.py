@@ -11,6 +11,8 @@ import pytest
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
+from slotmoe.network.shapes import MARKS
+from slotmoe.network.state import plain_row
 from slotmoe.offload import machine
 from slotmoe.offload.plan import advice, memory, speed
 from slotmoe.offload.plan.advice import HUB, geometry_path, gpu_named
@@ -18,8 +20,6 @@ from slotmoe.offload.plan.memory import sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.shapes import MARKS
-from slotmoe.state import plain_row
 from slotmoe.system import cores
 from tests.support.hub import NAME, Repo
 from tests.support.meta import empty

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slotmoe.network.shapes import MARKS
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.shapes import MARKS
 from tests.support.engine import decode, failing, words
 from tests.support.hostile import flip
 from tests.support.params import nth

@@ -13,13 +13,13 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slotmoe.network.shapes import SWIGLU
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, KEPT_CODECS, MXFP4, NF4
 from slotmoe.quant.codecs.encode import NotFiniteError, nf4_by_torch, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, pack, unpack
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.shapes import SWIGLU
 from tests.support.codes import parts_of, quantize_coded, random_codes
 from tests.support.kernels import (
     CLAMPED,

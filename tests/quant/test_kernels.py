@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import Chunk, Ends, Mlp, Router
 from slotmoe.errors import ConfigError
+from slotmoe.network.layer_types import Chunk, Ends, Mlp, Router
 from slotmoe.quant.backends.base import Records, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import LUT4, NF4

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.border import GroupedRows, ListedRows
+from slotmoe.network.layer_types import GroupedRows, ListedRows
 from tests.support.kernels import BACKEND, latent_cache, one_of, quick, seeds, torch_of
 
 

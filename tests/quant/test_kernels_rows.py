@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import GroupedRows, ListedRows, Router
+from slotmoe.network.layer_types import GroupedRows, ListedRows, Router
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Mlp, Router
 from slotmoe.model.layers import route
+from slotmoe.network.layer_types import HyperGeometry, ListedRows, Mixed, Mixing, Mlp, Router
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend

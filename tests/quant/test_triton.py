@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import Mlp, Pending
 from slotmoe.model.layers import Router
+from slotmoe.network.layer_types import Mlp, Pending
+from slotmoe.network.shapes import SWIGLU, Activation
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, MXFP4, TILE, TRITON_KINDS, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
-from slotmoe.quant.shapes import SWIGLU, Activation
 from tests.quant.test_ops import DEVICE, make_weight, nth_interpreted, randn
 from tests.support.codes import random_codes
 from tests.support.kernels import CLAMPED

@@ -1,7 +1,7 @@
 """Decode on a Vulkan device: each shader beside torch's operations on what the shader read, the
 network beside the reference path, the bits of a row, and where barriers stand.
 
-Shapes: T rows, H heads, N, P, R and V as in ``slotmoe.border``, K experts of a row.
+Shapes: T rows, H heads, N, P, R and V as in ``slotmoe.network.layer_types``, K experts of a row.
 """
 
 from itertools import pairwise, product

@@ -20,9 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from slotmoe.border import ListedRows, Mixing
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.layers import geometry_of
+from slotmoe.network.layer_types import ListedRows, Mixing
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, LUT3, LUT4, ExpertCodecs

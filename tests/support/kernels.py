@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from slotmoe.network.shapes import SWIGLU, Activation, latent_bytes
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, INT5, INT6, LUT2, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 from tests.support.codes import random_codes
 
 native = qk.load()

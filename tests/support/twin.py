@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slotmoe.border import Mlp
+from slotmoe.network.layer_types import Mlp
+from slotmoe.network.shapes import SWIGLU
 from slotmoe.offload.engine import loading
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
@@ -20,7 +21,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.weight import map_tensors
 from slotmoe.quant.export.layout import checksum
-from slotmoe.quant.shapes import SWIGLU
 from tests.support import simulated, streams
 
 

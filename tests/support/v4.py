@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from slotmoe.network.shapes import MARKS
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.quant.shapes import MARKS
 from tests.support.families import (
     CASES,
     DSA,

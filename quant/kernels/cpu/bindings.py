@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from slotmoe.errors import ConfigError
+from slotmoe.network.shapes import SWIGLU, Activation, GroupShape, latent_bytes
+from slotmoe.network.state import Empty, Group
 from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import (
@@ -39,8 +41,7 @@ from slotmoe.quant.kernels.cpu.signatures import (
     tensor_spec,
 )
 from slotmoe.quant.kernels.cpu.weights import ACTIVATION, INT8, Absorbed, Matrix, Structure
-from slotmoe.quant.shapes import SWIGLU, Activation, GroupShape, latent_bytes, record_bytes
-from slotmoe.state import Empty, Group
+from slotmoe.quant.shapes import record_bytes
 from slotmoe.system import cores
 
 ABI = 23

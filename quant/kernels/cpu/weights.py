@@ -12,7 +12,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from slotmoe.border import (
+from slotmoe.network.layer_types import (
     Compressed,
     Compressor,
     Delta,
@@ -24,11 +24,11 @@ from slotmoe.border import (
     Mla,
     Router,
 )
+from slotmoe.network.shapes import SWIGLU, Activation, Groups, GroupShape, latent_bytes
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Placed, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
-from slotmoe.quant.shapes import SWIGLU, Activation, Groups, GroupShape, latent_bytes
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 9 + its source type.  The
 # last is int8 in rows, of which no products are made.
@@ -170,7 +170,7 @@ Prepared = Weight | Placed | Matrix | Absorbed  # the last two are bound for nat
 
 class BoundMlp(Bound):
     """Matrices gate and up [I, H], down [H, I], all int8, or one codec; `output_gate` as in
-    `border.Mlp`."""
+    `layer_types.Mlp`."""
 
     def __init__(
         self,

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.quant.shapes import Marks
-from slotmoe.tails import Deltas, Tail
-from slotmoe.tails import Empty as Empty
+from slotmoe.network.recurrent_state import Deltas, Tail
+from slotmoe.network.recurrent_state import Empty as Empty
+from slotmoe.network.shapes import Marks
 
 NewRows = Callable[[int, int, int, int], Tensor]
 """Memory [L, S, X] of so many layers and rows, of a backend's rows of latent and rope values."""

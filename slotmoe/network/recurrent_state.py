@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.quant.shapes import CONVOLVED, SPARE
+from slotmoe.network.shapes import CONVOLVED, SPARE
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Memory of a shape and dtype."""

@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from slotmoe.state import SequenceState
+from slotmoe.network.state import SequenceState
 
 W = TypeVar("W", covariant=True)
 Biases = tuple[Tensor, Tensor, Tensor]
