@@ -225,7 +225,7 @@ def test_tensors_of_a_v4_are_refused_by_name(heavy, tmp_path):
 # Exports
 
 LAYER, Q = layer_file(1), "model.layers.0.self_attn.q_a_proj.weight"
-ENTRY, LISTS = {"bytes": 1, "checksum": ""}, b'{"format_version": 1, "a": [%s]}'
+ENTRY, LISTS = {"bytes": 1, "checksum": ""}, b'{"format_version": 2, "a": [%s]}'
 
 
 def swapped_layers(folder):
@@ -258,7 +258,13 @@ def infinite_level(folder):
 coding, of_file = partial(signed, "quantization"), partial(signed, "files")
 # How an export is broken, and what the message must hold.
 BAD_EXPORTS = {
-    "newer-version": (signed("format_version", value=3), "newer"),
+    "older-version": (signed("format_version", value=1), "format_version 1, expected 2; quantize"),
+    "newer-version": (signed("format_version", value=3), "format_version 3, expected 2; quantize"),
+    "version-missing": (signed("format_version", value=REMOVE), "None, expected 2; quantize"),
+    "foreign-predictor": (
+        write(f"predictor-{'0' * 16}.safetensors", b"left"),
+        "not in the manifest",
+    ),
     "unsigned-level": (edited(MANIFEST, lambda it: codec_of(it)["levels"].reverse()), "checksum"),
     "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
     # what JSON tells apart and float32 does not
