@@ -180,6 +180,15 @@ def refuse_unlisted(folder: Path, manifest: Json) -> None:
         raise ExportError(f"{folder / name}: {UNLISTED}; move it away")
 
 
+def refuse_other_version(path: Path, manifest: Json) -> None:
+    """Raise ``ExportError`` unless the ``manifest`` in the file ``path`` is of this version."""
+    version = manifest.get("format_version")
+    if version != layout.FORMAT_VERSION:
+        expected = f"expected {layout.FORMAT_VERSION}"
+        advice = "quantize the model again with this slotmoe, or use the slotmoe that made it"
+        raise ExportError(f"{path}: has format_version {version!r:.40}, {expected}; {advice}")
+
+
 def read_manifest(folder: Path) -> Json:
     """The manifest of ``folder``, checked for types and ranges.  Raises ``ExportError``."""
     path = regular_file(folder, layout.MANIFEST)
@@ -187,11 +196,7 @@ def read_manifest(folder: Path) -> Json:
         way_out = "slotmoe quantize SRC DST makes one"
         raise ExportError(f"{path}: is missing; {folder} is no finished export ({way_out})")
     manifest = read_json(path, MAX_MANIFEST_BYTES, Json, ExportError)
-    version = manifest.get("format_version")
-    if version != layout.FORMAT_VERSION:
-        expected = f"expected {layout.FORMAT_VERSION}"
-        advice = "quantize the model again with this slotmoe, or use the slotmoe that made it"
-        raise ExportError(f"{path}: has format_version {version!r:.40}, {expected}; {advice}")
+    refuse_other_version(path, manifest)
     if manifest.get("checksum") != manifest_checksum(manifest):
         what = "its checksum is wrong; the manifest was changed or damaged, quantize again"
         raise ExportError(f"{path}: {what}")

@@ -19,6 +19,7 @@ from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeErr
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.advice import Model
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, checksum, layer_file, tensor_parts
@@ -317,6 +318,13 @@ def test_bad_export(name, export):
             runtime.logits(list(range(60)))
 
     refused(run, *(["layer 1 expert"] if name == "records-wrong" else []))
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_plan_refuses_another_version_as_a_reader_does(version, export):
+    signed("format_version", value=version)(export)
+    wanted = f"{MANIFEST}: has format_version {version}, expected 2; quantize"
+    refused(lambda: Model.read(str(export)), wanted, kind=ExportError)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 2), ("vocab_size", 4095)])
