@@ -25,7 +25,7 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.offload.machine import read_note
 from slotmoe.quant.codecs.codec import ExpertCodecs
-from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
+from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT
 from slotmoe.quant.export.manifest import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 from slotmoe.sizes import format_size
@@ -121,9 +121,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 
 def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
-    ours = [*COPIED, MANIFEST, RESIDENT, STREAM, "experts", _STATE, *predictors]
+    ours = [*COPIED, MANIFEST, RESIDENT, STREAM, "experts", _STATE]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 

@@ -143,7 +143,7 @@ class Model:
     @classmethod
     def read(cls, name: str) -> "Model":
         """A geometry's name, config file, checkpoint folder, GGUF file or export.  Raises
-        ``ConfigError`` or ``CheckpointError``."""
+        ``ConfigError``, ``CheckpointError`` or ``ExportError``."""
         folder = Path(name)
         if folder.suffix == ".gguf":
             return cls(name, config_among(files_of(folder), folder), True)
@@ -152,9 +152,10 @@ class Model:
         config, path = read_config(folder / "config.json"), folder / "slotmoe.json"
         if not path.is_file():
             return cls(name, config, True)
-        from slotmoe.quant.export.manifest import typed_manifest  # torch
+        from slotmoe.quant.export.manifest import refuse_other_version, typed_manifest  # torch
 
         manifest = read_json(path, 8 << 20, Json)
+        refuse_other_version(path, manifest)
         try:
             given = typed_manifest(manifest)
             resident = given.quantization.resident

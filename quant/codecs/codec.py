@@ -23,7 +23,7 @@ docs/export-format.md has every byte.  Shape legend: N rows out, K columns in.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from slotmoe.jsonfile import Json
@@ -182,16 +182,3 @@ def manifest_codecs(manifest: Json) -> dict[str, Codec]:
         name: Codec(name, item["bits"], item["scales"], tuple(item["levels"]))
         for name, item in table.items()
     }
-
-
-def to_version_2(manifest: Json) -> None:
-    """Say what a manifest of version 1 says in the words of version 2: all its codes were NF4."""
-    old = manifest["quantization"]
-    codec = replace(NF4, levels=tuple(old.pop("levels")))
-    shapes = old.pop("resident_shapes")
-    del old["block"]
-    manifest["format_version"] = 2
-    coded = {name: {"codec": codec.name, "shape": shape} for name, shape in shapes.items()}
-    experts = ExpertCodecs(codec, codec).names()
-    about = {"codecs": {codec.name: codec.describe()}, "experts": experts}
-    manifest["quantization"] = old | about | {"resident_codecs": coded}

@@ -6,7 +6,6 @@ hidden_size, N rows out, K columns in.
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,7 +25,6 @@ EXPERTS = "experts"  # the folder of the experts' files
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED: tuple[str, ...] = ("config.json", "tokenizer.json", "tokenizer_config.json")
 COPIED += ("generation_config.json", "chat_template.jinja")
-_PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
 DTYPES |= {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -135,11 +133,6 @@ def resident_parts(
     if quantization == "int8":
         return {name: Part(torch.int8, shape), f"{name}.scale": Part(torch.float32, shape[:1])}
     return {name: Part(dtype, shape)}
-
-
-def is_predictor(name: str) -> bool:
-    """Whether a file is a predictor of experts, which exports once had.  Nothing reads it."""
-    return _PREDICTOR.fullmatch(name) is not None
 
 
 def place(parts: dict[str, Part]) -> dict[str, Part]:

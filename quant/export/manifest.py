@@ -13,9 +13,9 @@ from msgspec import Meta, Struct
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json, read_json, typed
-from slotmoe.quant.codecs.codec import KINDS, SCALES, ExpertCodecs, manifest_codecs, to_version_2
+from slotmoe.quant.codecs.codec import KINDS, SCALES, ExpertCodecs, manifest_codecs
 from slotmoe.quant.export import layout
-from slotmoe.quant.export.layout import COPIED, RESIDENT, Part, checksum, is_predictor, layer_file
+from slotmoe.quant.export.layout import COPIED, RESIDENT, Part, checksum, layer_file
 from slotmoe.quant.shapes import FITTED_MODE, TABLE_NAME
 
 _Size = Annotated[int, Meta(ge=1, le=1 << 31)]
@@ -32,10 +32,6 @@ _Codec = TypedDict("_Codec", {"bits": int, "block": int, "scales": str, "levels"
 _Coded = TypedDict("_Coded", {"codec": str, "shape": _Matrix})
 _Projections = TypedDict("_Projections", {"gate_up": str, "down": str})
 _Tensor = TypedDict("_Tensor", {"dtype": _Dtype, "shape": _Shape, "checksum": str})
-_Shapes = dict[str, _Matrix]
-_OldQuantization = TypedDict(
-    "_OldQuantization", {"block": Literal[64], "levels": _Levels, "resident_shapes": _Shapes}
-)
 
 
 class _Source(Struct):
@@ -101,11 +97,8 @@ class Manifest(Struct):
 
 
 def typed_manifest(manifest: Json) -> Manifest:
-    """A ``manifest`` that is as ``Manifest`` says, with codecs that readers know.  One of version 1
-    becomes one of version 2.  Raises ``ValueError``."""
-    if (version := manifest.get("format_version")) == 1 and version is not True:
-        typed(manifest.get("quantization"), _OldQuantization, "quantization")
-        to_version_2(manifest)
+    """A ``manifest`` that is as ``Manifest`` says, with codecs that readers know.  Raises
+    ``ValueError``."""
     given = typed(manifest, Manifest)
     _check_codecs(given.quantization)
     return given
@@ -171,19 +164,29 @@ def manifest_layout(manifest: Json) -> layout.RecordLayout:
 def unlisted_files(folder: Path, manifest: Json) -> list[str]:
     """Names in the export that its manifest does not list, so that nothing vouches for them.
 
-    Hidden files are none of ours.  Kills leave temporary names, and earlier versions predictors.
+    Hidden files are none of ours, and kills leave temporary names.
     """
     paths = [*folder.iterdir(), *(folder / "experts").glob("*")]
     names = (path.relative_to(folder).as_posix() for path in paths if path.name != "experts")
     foreign = {*names} - {layout.MANIFEST, *manifest["files"]}
-    passing = {name for name in foreign if name.endswith(".tmp") or is_predictor(name)}
-    return sorted(name for name in foreign - passing if not name.startswith("."))
+    return sorted(
+        name for name in foreign if not name.endswith(".tmp") and not name.startswith(".")
+    )
 
 
 def refuse_unlisted(folder: Path, manifest: Json) -> None:
     """Raise ``ExportError`` for the first of ``unlisted_files``."""
     for name in unlisted_files(folder, manifest):
         raise ExportError(f"{folder / name}: {UNLISTED}; move it away")
+
+
+def refuse_other_version(path: Path, manifest: Json) -> None:
+    """Raise ``ExportError`` unless the ``manifest`` in the file ``path`` is of this version."""
+    version = manifest.get("format_version")
+    if version != layout.FORMAT_VERSION:
+        expected = f"expected {layout.FORMAT_VERSION}"
+        advice = "quantize the model again with this slotmoe, or use the slotmoe that made it"
+        raise ExportError(f"{path}: has format_version {version!r:.40}, {expected}; {advice}")
 
 
 def read_manifest(folder: Path) -> Json:
@@ -193,17 +196,12 @@ def read_manifest(folder: Path) -> Json:
         way_out = "slotmoe quantize SRC DST makes one"
         raise ExportError(f"{path}: is missing; {folder} is no finished export ({way_out})")
     manifest = read_json(path, MAX_MANIFEST_BYTES, Json, ExportError)
-    version = manifest.get("format_version")
-    if isinstance(version, int) and version > layout.FORMAT_VERSION:
-        newer = f"newer than this slotmoe reads ({layout.FORMAT_VERSION})"
-        raise ExportError(f"{path}: format_version {version} is {newer}; upgrade slotmoe")
+    refuse_other_version(path, manifest)
     if manifest.get("checksum") != manifest_checksum(manifest):
         what = "its checksum is wrong; the manifest was changed or damaged, quantize again"
         raise ExportError(f"{path}: {what}")
     try:
-        given, files = typed_manifest(manifest), manifest["files"]
-        manifest["files"] = {name: files[name] for name in files if not is_predictor(name)}
-        _check_manifest(manifest, given)
+        _check_manifest(manifest, typed_manifest(manifest))
     except ValueError as problem:
         raise ExportError(f"{path}: {problem!s:.200}; not a manifest that slotmoe wrote") from None
     return manifest

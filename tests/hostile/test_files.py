@@ -19,6 +19,7 @@ from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeErr
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.advice import Model
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, checksum, layer_file, tensor_parts
@@ -225,7 +226,7 @@ def test_tensors_of_a_v4_are_refused_by_name(heavy, tmp_path):
 # Exports
 
 LAYER, Q = layer_file(1), "model.layers.0.self_attn.q_a_proj.weight"
-ENTRY, LISTS = {"bytes": 1, "checksum": ""}, b'{"format_version": 1, "a": [%s]}'
+ENTRY, LISTS = {"bytes": 1, "checksum": ""}, b'{"format_version": 2, "a": [%s]}'
 
 
 def swapped_layers(folder):
@@ -258,7 +259,13 @@ def infinite_level(folder):
 coding, of_file = partial(signed, "quantization"), partial(signed, "files")
 # How an export is broken, and what the message must hold.
 BAD_EXPORTS = {
-    "newer-version": (signed("format_version", value=3), "newer"),
+    "older-version": (signed("format_version", value=1), "format_version 1, expected 2; quantize"),
+    "newer-version": (signed("format_version", value=3), "format_version 3, expected 2; quantize"),
+    "version-missing": (signed("format_version", value=REMOVE), "None, expected 2; quantize"),
+    "foreign-predictor": (
+        write(f"predictor-{'0' * 16}.safetensors", b"left"),
+        "not in the manifest",
+    ),
     "unsigned-level": (edited(MANIFEST, lambda it: codec_of(it)["levels"].reverse()), "checksum"),
     "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
     # what JSON tells apart and float32 does not
@@ -311,6 +318,13 @@ def test_bad_export(name, export):
             runtime.logits(list(range(60)))
 
     refused(run, *(["layer 1 expert"] if name == "records-wrong" else []))
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_plan_refuses_another_version_as_a_reader_does(version, export):
+    signed("format_version", value=version)(export)
+    wanted = f"{MANIFEST}: has format_version {version}, expected 2; quantize"
+    refused(lambda: Model.read(str(export)), wanted, kind=ExportError)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 2), ("vocab_size", 4095)])

@@ -1,4 +1,4 @@
-"""Exports by codec: rebuilt with numpy alone, the same bits for every budget, and version 1."""
+"""Exports by codec: rebuilt with numpy alone, and the same bits for every budget."""
 
 import json
 import shutil
@@ -105,32 +105,6 @@ def test_the_same_bits_for_every_budget_and_number_of_tokens(exports, choice):
         assert runtime.stats()["cache"]["misses"] > 0
     with Runtime.open(path, context=64, kernels="torch") as runtime:
         assert relative(runtime.logits(IDS), whole) < 0.1
-
-
-def to_version_1(manifest):
-    """What version 1 said of NF4."""
-    new = manifest["quantization"]
-    codec = new.pop("codecs")["nf4"]
-    coded = new.pop("resident_codecs")
-    manifest["format_version"] = 1
-    new |= {"experts": "nf4", "block": 64, "levels": codec["levels"]}
-    new["resident_shapes"] = {name: item["shape"] for name, item in coded.items()}
-
-
-def test_version_1_still_opens(exports, tmp_path):
-    """With the same weights."""
-    path = exports(("nf4", "4"))
-    old = tmp_path / "old"
-    shutil.copytree(path, old)
-    resign(old, to_version_1)
-    with Export.open(path) as new, Export.open(old) as export:
-        assert export.manifest["quantization"] == new.manifest["quantization"]
-        for name, weight in new.expert(2, 3).items():
-            assert torch.equal(export.expert(2, 3)[name], weight)
-    quantize(exports.source, old, resident="nf4", codecs=EXPERT_CODECS["nf4", "4"])
-    resign(old, lambda manifest: manifest["quantization"].pop("levels"))
-    with pytest.raises(ExportError, match=r"levels is missing"):
-        Export.open(old)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])

@@ -9,8 +9,7 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, checksum, layer_file, place
+from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file, place
 from slotmoe.quant.export.manifest import read_manifest
 from slotmoe.quant.export.writer import ExportFile, damaged_files
 from tests.support.disk import Stop, stop_at, tree
@@ -121,25 +120,6 @@ def test_damaged_manifest(good, export, slotmoe):
     assert (code, "--overwrite" in err) == (2, True)
     assert slotmoe("quantize", good / "checkpoint", export, "--overwrite")[0] == 0
     assert tree(export) == tree(good / "export")
-
-
-def test_trained_guesses_of_earlier_versions_are_ignored(good, export, slotmoe):
-    """One that the manifest lists, here with prices of swaps, and one that a killed run left."""
-    name, data = "predictor-0123456789abcdef.safetensors", bytes(4096 + 8)
-    (export / name).write_bytes(data)
-    (export / f"predictor-{'1' * 16}.safetensors").write_bytes(b"left")
-    tensor = {"dtype": "F32", "shape": [2], "offset": 0, "checksum": checksum(data[4096:])}
-    entry = {"bytes": len(data), "checksum": checksum(data), "header_bytes": 4096}
-    entry |= {"header_checksum": checksum(data[:4096]), "tensors": {"swap.prices": tensor}}
-    resign(export, lambda manifest: manifest["files"].update({name: entry}))
-    with Runtime.open(good / "export", context=32) as runtime:
-        wanted = runtime.logits([0, 7, 300])
-    with Runtime.open(export, context=32) as runtime:
-        assert torch.equal(runtime.logits([0, 7, 300]), wanted)
-    (export / name).unlink()
-    assert slotmoe("verify", export)[0] == 0
-    code, _, err = slotmoe("quantize", good / "checkpoint", export)
-    assert (code, "every checksum is right" in err) == (0, True)
 
 
 def test_damage_between_the_runs_is_not_blessed(tmp_path):
