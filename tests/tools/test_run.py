@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from slotmoe.model.generate import Answer
-from slotmoe.model.tokenizer import ReasoningMarks, Splitter, TextStream, Tokenizer
+from slotmoe.model.reasoning import ReasoningMarks, Splitter
+from slotmoe.model.tokenizer import TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.tools import list as list_module
 from slotmoe.tools import options
