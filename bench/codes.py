@@ -32,8 +32,8 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import RESIDENT_MODES, record_bytes, resident_bytes
-from slotmoe.tools.exports import Paths, calibration_windows
 from slotmoe.tools.options import require_extra
+from slotmoe.tools.quantize import Paths, calibration_windows
 from slotmoe.tools.tables import Console, table
 
 WINDOW, WINDOWS = 513, 4  # of each text: 2,048 tokens

@@ -26,7 +26,7 @@ from slotmoe.tools.options import count, option
 
 class _WithoutEngine:
     """A runtime's experts without the engine: every record is in its slot, and no cache, policy or
-    prefetcher learns of its use."""
+    lookahead learns of its use."""
 
     def __init__(self, experts: Experts) -> None:
         self.slot_table = experts.slot_table

@@ -19,6 +19,7 @@ from campaigns.models import few_words, tiny_export
 from slotmoe.errors import SlotmoeError
 from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model import tokenizer
+from slotmoe.model.chat import render_chat
 from slotmoe.model.checkpoint.gguf_header import read_header
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import config_among, parse_config
@@ -178,7 +179,8 @@ def tokenizer_files(checkpoint):
 
 
 def templated(place):
-    Tokenizer(place, 0, verdicts=place / "verdicts").chat([{"role": "user", "content": "hi"}])
+    tokenizer = Tokenizer(place, 0, verdicts=place / "verdicts")
+    render_chat(tokenizer, [{"role": "user", "content": "hi"}])
 
 
 def manifest(folder):

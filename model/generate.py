@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError
+from slotmoe.model.reasoning import overlap
 from slotmoe.model.sampling import Sampling
-from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
+from slotmoe.model.tokenizer import TextStream, Tokenizer
 from slotmoe.quant.kernels.cpu.bindings import load
 
 _SCORED = Struct("<if")  # an id and its log-probability, float32 as logits are

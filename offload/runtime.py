@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError, PromptError, check_types, informs
 from slotmoe.jsonfile import Json
+from slotmoe.model.chat import render_chat
 from slotmoe.model.generate import Answer, Stops, Token
 from slotmoe.model.sampling import Sampling
 from slotmoe.offload.devices.cuda import choose_device
@@ -177,7 +178,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         check_types({"text": text}, {"text": str})
         self.check_length(len(text))
         message = {"role": "user", "content": text}
-        return self.tokenizer.encode(self.tokenizer.chat([message]) if chat else text)
+        return self.tokenizer.encode(render_chat(self.tokenizer, [message]) if chat else text)
 
     def check_length(self, characters: int) -> None:
         """Raise ``PromptError`` where no context can hold a text of so many ``characters``; to find
@@ -237,7 +238,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         if messages is not None:
             requests.check_messages(messages, tools)
             self.check_length(sum(len(str(message.get("content") or "")) for message in messages))
-            text = self.tokenizer.chat([*messages], None if tools is None else [*tools])
+            functions = None if tools is None else [*tools]
+            text = render_chat(self.tokenizer, [*messages], functions)
             prompt = self.tokenizer.encode(text)
         elif isinstance(prompt, str):
             prompt = self.encode(prompt, chat)

@@ -33,8 +33,7 @@ _COMMANDS = {
     "rm": "Remove exports from the cache folder.",
     "doctor": "Say what this machine has, what is missing, and how to get it.",
 }
-# Of commands whose module has another name.
-_MODULES = dict.fromkeys("list rm verify synth quantize".split(), "exports") | {"launch": "serve"}
+_MODULES = {"launch": "serve"}  # of commands whose module has another name
 _ELSEWHERE = {  # options of llama.cpp, Ollama and vLLM -> those of slotmoe
     **dict.fromkeys(("-c", "--ctx-size", "--num-ctx", "--max-model-len"), "--context"),
     **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-memory-utilization"), "--vram"),

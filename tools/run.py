@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.tokenizer import Splitter
+from slotmoe.model.chat import render_chat
+from slotmoe.model.reasoning import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
@@ -127,7 +128,7 @@ class Continuation:
         tokenizer, saved, ids = self._runtime.tokenizer, self._saved, list[int]()
         self._runtime.check_length(sum(len(message["content"]) for message in self._messages))
         if self._chat:
-            ids += tokenizer.encode(tokenizer.chat(self._messages))
+            ids += tokenizer.encode(render_chat(tokenizer, self._messages))
         elif saved is not None and saved.root == self._runtime.sessions.root():
             ids += [*saved.tokens, *tokenizer.encode(self._prompt, add_bos=False)]
         else:

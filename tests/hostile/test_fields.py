@@ -117,7 +117,7 @@ def tokenizer(folder, good):
     def use():
         found = Tokenizer(folder, 0, verdicts=model_cache.cache_folder() / "tokenizers")
         assert found.template is None or isinstance(found.template, str)
-        assert all(isinstance(spelled, str) for spelled in found._spellings.values())
+        assert all(isinstance(spelled, str) for spelled in found.spellings.values())
 
     return file(folder / "tokenizer_config.json", values, use)
 

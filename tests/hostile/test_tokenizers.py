@@ -4,8 +4,9 @@ from contextlib import suppress
 
 import pytest
 
-import slotmoe.model.tokenizer as tokenizer_module
+import slotmoe.model.chat as chat_module
 from slotmoe.errors import ConfigError
+from slotmoe.model.chat import render_chat
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from slotmoe.offload.model_source import read_model
@@ -47,7 +48,7 @@ def test_hostile_template(name, checkpoint, verdicts):
     edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(template))
     tokenizer = Tokenizer(checkpoint, 0, verdicts=verdicts)
     limit = WHICH_LIMIT.get(name, "")
-    refused(lambda: tokenizer.chat(HI), "chat_template", limit, kind=ConfigError)
+    refused(lambda: render_chat(tokenizer, HI), "chat_template", limit, kind=ConfigError)
 
 
 KEEPING = (
@@ -70,22 +71,22 @@ def test_a_conversation_leaves_nothing_to_the_next(keeping, checkpoint, verdicts
     template = "{% if SECRET %}KEEPING{% else %}KEPT{% endif %}"
     template = template.replace("KEEPING", keeping).replace("KEPT", KEPT)
     (checkpoint / "chat_template.jinja").write_text(template)
-    tokenizer, child = Tokenizer(checkpoint, 0, verdicts=verdicts), tokenizer_module.TEMPLATE
-    before = tokenizer.chat(HI)
+    tokenizer, child = Tokenizer(checkpoint, 0, verdicts=verdicts), chat_module.TEMPLATE
+    before = render_chat(tokenizer, HI)
     process = child._process
     with suppress(ConfigError):
-        tokenizer.chat(HI, extra={"SECRET": "hunter2"})
-    assert tokenizer.chat(HI) == before == "range(0, 1)"
+        render_chat(tokenizer, HI, extra={"SECRET": "hunter2"})
+    assert render_chat(tokenizer, HI) == before == "range(0, 1)"
     assert child._process is process
 
 
 def test_where_the_template_is_and_what_it_may_be(checkpoint):
     """Its file goes before the setting."""
-    assert Tokenizer(checkpoint, 0).chat(HI).endswith("User: hi\n\nAssistant:")
+    assert render_chat(Tokenizer(checkpoint, 0), HI).endswith("User: hi\n\nAssistant:")
     # jinja2 3.1.5 gave a template the globals of the functions that it is given.
     by_format = "{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}"
     (checkpoint / "chat_template.jinja").write_text(f"<{{{{ messages[0].content }}}}{by_format}>")
-    assert Tokenizer(checkpoint, 0).chat(HI) == "<hi>"
+    assert render_chat(Tokenizer(checkpoint, 0), HI) == "<hi>"
     (checkpoint / "chat_template.jinja").write_bytes(b"\xff")
     refused(lambda: Tokenizer(checkpoint, 0), "chat_template.jinja", kind=ConfigError)
 

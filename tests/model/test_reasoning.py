@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slotmoe.model.tokenizer import ReasoningMarks, Splitter, reasoning_of, splitter_of
+from slotmoe.model.reasoning import ReasoningMarks, Splitter, reasoning_of, splitter_of
 from tests.support.forkserver import ROOT
 
 MARKS = ReasoningMarks("<think>", "</think>", {})

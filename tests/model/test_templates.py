@@ -10,6 +10,7 @@ import pytest
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import files_in
+from slotmoe.model.chat import render_chat
 from slotmoe.model.config import read_config
 from slotmoe.model.families import FAMILIES
 from slotmoe.model.tokenizer import Tokenizer
@@ -73,13 +74,13 @@ def test_public_chats(name, tokenizers):
     given = json.loads((PUBLIC / f"{name}.json").read_text(encoding="utf-8"))
     expected = (PUBLIC / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
     tokenizer = tokenizers[V32 if name.startswith("v3.2") else V4]
-    written = tokenizer.chat(given["messages"], given.get("tools"), effort=given["effort"])
+    written = render_chat(tokenizer, given["messages"], given.get("tools"), effort=given["effort"])
     assert written == expected
 
 
 def test_what_they_write(tokenizers):
     for kind, given, expected in CASES:
-        written = tokenizers[kind].chat(**{"messages": [HELLO], **given})
+        written = render_chat(tokenizers[kind], **{"messages": [HELLO], **given})
         assert written == BOS + expected, given
         assert written.count(FORMAT) == ("schema" in given)
 
@@ -90,7 +91,7 @@ def test_a_schema_nested_too_deeply_is_refused(tokenizers):
         deep = {"items": deep}
     for given in ({"schema": deep}, {"tools": [{"function": deep}]}):
         with pytest.raises(ConfigError, match="nested too deeply"):
-            tokenizers[V4].chat([HELLO], **given)
+            render_chat(tokenizers[V4], [HELLO], **given)
 
 
 def test_templates_of_the_model_itself(tmp_path):
@@ -101,7 +102,7 @@ def test_templates_of_the_model_itself(tmp_path):
     def written(template, *given, **named):
         (folder / "chat_template.jinja").write_text(template)
         own = FAMILIES[V4].own_template
-        return Tokenizer(folder, 0, own_template=own).chat(*given, **named)
+        return render_chat(Tokenizer(folder, 0, own_template=own), *given, **named)
 
     assert written("its own", [HELLO]) == "its own"
     each = "{% for m in messages %}<|im_start|>{{ CONTENT }}<|im_end|>\n{% endfor %}END"
@@ -126,8 +127,8 @@ def test_a_model_without_a_template_gets_ours(tokenizers, tmp_path):
         opened = open_tokenizer(named, files_in(folder), folder)
         if kind not in tokenizers:
             with pytest.raises(ConfigError, match="no chat_template"):
-                opened.chat([HELLO])
+                render_chat(opened, [HELLO])
         else:
-            assert opened.chat([HELLO]) == tokenizers[kind].chat([HELLO])
-            ids = opened.encode(opened.chat([HELLO]))
+            assert render_chat(opened, [HELLO]) == render_chat(tokenizers[kind], [HELLO])
+            ids = opened.encode(render_chat(opened, [HELLO]))
             assert [ids[at] for at in (1, -2)] == [opened.token_id(m) for m in (USER, ASSISTANT)]

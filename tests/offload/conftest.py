@@ -7,10 +7,10 @@ import torch
 
 from slotmoe.offload.engine import loading
 from slotmoe.offload.experts import misses
+from slotmoe.offload.experts.ahead import Lookahead
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.observe import measure
 from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.tools.bench import speed
 from tests.support.engine import IDS, PROMPT
 from tests.support.exports import made_once
@@ -36,7 +36,7 @@ def quick_measurements():
 @pytest.fixture
 def always_guessing(monkeypatch):
     """The sample's records are too small to be read ahead; here they are nevertheless."""
-    monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
+    monkeypatch.setattr(Lookahead, "pays", lambda self: True)
     monkeypatch.setattr(loading, "HELP_BYTES", 0)
 
 

@@ -1,18 +1,21 @@
-"""The device store and the prefetcher in any order of events: the right bytes in each slot, no slot
+"""The device store and the lookahead in any order of events: the right bytes in each slot, no slot
 lost or used twice, none kept by a pass that has ended."""
 
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.ahead import HORIZONS, Lookahead
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.store import ARRIVED, CACHED, DEMAND, FILL, LEAVING, READING, STALE
 from slotmoe.offload.policy.cache import make_cache
-from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
+from slotmoe.quant.backends.base import TorchBackend
 from tests.support import states
 from tests.support.engine import sound
 from tests.support.states import Broken, Disk
@@ -20,6 +23,16 @@ from tests.support.states import Broken, Disk
 ROWS, EXPERTS, CHOSEN, BYTES = 3, 4, 2, Disk.record_bytes
 ROW, EXPERT = st.integers(0, ROWS - 1), st.integers(0, EXPERTS - 1)
 WHICH = st.integers(0, 7)  # of several reads
+CONFIG = SimpleNamespace(
+    moe_layers=range(ROWS),
+    n_routed_experts=EXPERTS,
+    num_experts_per_tok=CHOSEN,
+    num_hash_layers=0,
+    mtp=False,
+)
+WEIGHTS = {
+    layer_tensor(row, name): torch.ones(1) for row in range(ROWS) for name in (POST_NORM, GATE)
+}
 
 
 class Engine(RuleBasedStateMachine):
@@ -38,16 +51,18 @@ class Engine(RuleBasedStateMachine):
         self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
         self.store, self.uses = self.slots.store, 0
         self.slots.slab.tensor.fill_(255)
-        self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self.slots, lambda: 1e18)
-        self.prefetcher.idle()
-        self.prefetcher.chosen(1, (), 0)  # the disk has idled: guesses are read from now on
+        device = Device()
+        given = CONFIG, WEIGHTS, TorchBackend(), BYTES, self.slots
+        self.lookahead = Lookahead(*given, bandwidth=lambda: 1e18, download=device.download)
+        self.lookahead.idle()
+        self.lookahead.chosen(1, (), 0)  # the disk has idled: guesses are read from now on
         self.begin()
 
     @rule()
     def begin(self):
         """A pass."""
         self.slots.advance(1)
-        self.prefetcher.reset()
+        self.lookahead.begin()
 
     @rule()
     def rank(self):
@@ -82,8 +97,8 @@ class Engine(RuleBasedStateMachine):
 
     @rule(row=ROW, experts=st.lists(EXPERT, unique=True), name=st.sampled_from(HORIZONS))
     def guess(self, row, experts, name):
-        self.prefetcher.guess(row, [row * EXPERTS + expert for expert in experts], name)
-        self.prefetcher.more(-1)
+        self.lookahead.guess(row, experts, name)
+        self.lookahead.more(-1)
 
     @precondition(lambda self: self.disk.pending)
     @rule(which=WHICH)
@@ -123,7 +138,7 @@ class Engine(RuleBasedStateMachine):
     def compute(self, row, chosen, breaks, pins):
         slots, store = self.slots, self.store
         missing = [id for id in chosen if store.state(id) is not CACHED]
-        self.prefetcher.chosen(row, chosen, len(missing))
+        self.lookahead.chosen(row, chosen, len(missing))
         wrong = {*range(row * EXPERTS, (row + 1) * EXPERTS)}.difference(chosen)
         coming = {slot.expert for slot, read in store.coming() if read.urgency != FILL}
         assert not coming & wrong
@@ -134,7 +149,7 @@ class Engine(RuleBasedStateMachine):
         slots.cache.use(np.array([[chosen]]))
         self.uses += len(chosen)
         self.right(*set(chosen).difference(missing))
-        self.prefetcher.idle()
+        self.lookahead.idle()
         while reads:
             slots.wait(reads)
             done = [read for read in reads if read.done]

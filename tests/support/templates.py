@@ -3,6 +3,7 @@
 import json
 
 from slotmoe.errors import ConfigError
+from slotmoe.model.chat import render_chat
 from slotmoe.model.tokenizer import Tokenizer
 from tests.support.tiny import SAMPLE
 
@@ -54,6 +55,6 @@ def both(template, tokenizer, messages, tools=None, begun=False, extra=None):
         theirs = None
     tokenizer.template = template
     try:
-        return theirs, tokenizer.chat(messages, tools, begun, extra=extra)
+        return theirs, render_chat(tokenizer, messages, tools, begun, extra=extra)
     except ConfigError:
         return theirs, None

@@ -12,8 +12,8 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.model.reasoning import ReasoningMarks
 from slotmoe.model.sampling import Sampling
-from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.names import NamedSession, Saved
 from slotmoe.tools.chat import COMMANDS

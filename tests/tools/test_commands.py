@@ -129,6 +129,12 @@ def test_synth_and_bench(slotmoe, tmp_path):
     report = json.loads(out)
     assert code == 0 and set(report) >= MEASURED
     assert report["cache"]["misses"] == 0  # slots are filled before the clock starts
+    assert report["disk"] is None
+    report = json.loads(slotmoe("bench", made, *BENCH, "--slots", 8)[1])
+    assert report["cache"]["misses"] > 0
+    assert set(report["disk"]) == {"bytes_per_second", "bytes_per_token"}
+    out = slotmoe("bench", made, *BENCH[:-1], "--slots", 8)[1]
+    assert "MB a token from disk" in out
 
 
 HELP = """

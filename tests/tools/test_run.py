@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from slotmoe.model.generate import Answer
-from slotmoe.model.tokenizer import ReasoningMarks, Splitter, TextStream, Tokenizer
+from slotmoe.model.reasoning import ReasoningMarks, Splitter
+from slotmoe.model.tokenizer import TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.tools import exports, options
+from slotmoe.tools import list as list_module
+from slotmoe.tools import options
 from slotmoe.tools.options import MAX_PROMPT_BYTES
 from tests.support.forkserver import PIPE, ROOT, Forked, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
@@ -190,7 +192,7 @@ def test_a_fault_of_ours_is_one_line(slotmoe, monkeypatch):
         def fail(problem=problem):
             raise problem
 
-        monkeypatch.setattr(exports, "cache_folder", fail)
+        monkeypatch.setattr(list_module, "cache_folder", fail)
         code, _, err = slotmoe("list")
         assert (code, err.count("\n")) == (1, 1)
         assert shown in err

@@ -9,7 +9,8 @@ import sys
 import pydantic
 import pytest
 
-from slotmoe.model.tokenizer import ReasoningMarks
+from slotmoe.model.chat import render_chat
+from slotmoe.model.reasoning import ReasoningMarks
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.anthropic import MessagesRequest
@@ -375,7 +376,7 @@ def test_ollamas_options_and_texts(served, runtime):
     assert text(temperature=0, stop=[greedy[5:8]]) == greedy[: greedy.index(greedy[5:8])]
     assert text(temperature=0, num_predict=-1, stop=[greedy[-4:]]) in greedy
     begun = [*USER, {"role": "assistant", "content": " I"}]  # it is gone on with
-    want = served.text(runtime.tokenizer.chat(begun, begun=True), max_tokens=12)
+    want = served.text(render_chat(runtime.tokenizer, begun, begun=True), max_tokens=12)
     for path in (MESSAGES, OLLAMA):
         assert parts_of(path, ask(served, path, messages=begun)) == ("", want)
     told = [{"role": "system", "content": "Be brief."}, *USER]

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
+from slotmoe.model.chat import render_chat
 from slotmoe.model.families import FAMILIES
-from slotmoe.model.tokenizer import ReasoningMarks, Splitter, Tokenizer
+from slotmoe.model.reasoning import ReasoningMarks, Splitter
+from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.formats import (
     FORMATS,
     ContentDelta,
@@ -274,7 +276,7 @@ def test_messages_of_gpt_oss(processes, tmp_path):
     text = dialect.prompt(chat).replace("\n<", "<")
     assert one + json_ + ROME in text and two in text and text.endswith(start)
     for effort, known in (("none", "low"), ("medium", "medium"), ("xhigh", "high")):
-        assert f"Reasoning: {known}" in tokenizer.chat([{"role": "user"}], effort=effort)
+        assert f"Reasoning: {known}" in render_chat(tokenizer, [{"role": "user"}], effort=effort)
 
     called = f"{HARMONY.opening}weather{HARMONY.middle}{ROME}"
     thought = f"<|channel|>analysis<|message|>Hm, 1 < 2<|end|>{start}"

@@ -12,7 +12,6 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_options, open_runtime
-from slotmoe.tools.run import by_drive
 from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import Console, byte_bars, step_progress, table
 
@@ -33,9 +32,7 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
     cached tokens.
 
     The ceiling of decode is the bytes that one token touches over the read bandwidth measured in
-    the same run, with every expert in memory.  Expert slots are filled before the clock starts.  If
-    the experts don't all fit, what decode reads from disk stands beside the disk's own speed: 8
-    threads, 4 MiB direct reads, right after.
+    the same run, with every expert in memory.  Expert slots are filled before the clock starts.
 
     \b
     Examples:
@@ -45,7 +42,7 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
       slotmoe bench lite-random --calibrate          what slotmoe plan then reckons with
     """
     from slotmoe.offload.observe.measure import Lasting
-    from slotmoe.tools.bench.speed import calibration, compare_disk, measure
+    from slotmoe.tools.bench.speed import calibration, measure
 
     counts = {name: options.pop(name) for name in _COUNTS}
     needed = max(counts["prompt_tokens"], counts["depth"] + counts["decode_tokens"])
@@ -64,7 +61,6 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
         with step_progress(f"Measuring {model}", steps, quiet=as_json) as step:
             report, closed = measure(runtime, **counts, step=step), Lasting(runtime.model)
         options["context"] = runtime.context
-    compare_disk(closed, report["disk"])
     if calibrate:
         figures = calibration(closed, report)
         (path := cache_folder() / "machine.json").unlink(missing_ok=True)  # of another day
@@ -107,10 +103,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         lines.append(f"The link to the GPU gives {pcie} GB/s, {both}.")
     if disk is not None:
         lines.append(
-            f"Decoding read {disk['bytes_per_token'] / 1e6:.0f} MB a token from disk at "
-            f"{disk['bytes_per_second'] / 1e9:.2f} of the {disk['bandwidth'] / 1e9:.2f} GB/s "
-            f"that the disk gives ({disk['fraction']:.0%})."
+            f"Decoding read {disk['bytes_per_token'] / 1e6:.0f} MB a token from disk, "
+            f"{disk['bytes_per_second'] / 1e9:.2f} GB/s."
         )
-        if len(disk["drives"]) > 1:
-            lines.append(f"All reads by drive: {by_drive(disk['drives'])}.")
     return lines

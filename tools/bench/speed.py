@@ -71,9 +71,9 @@ def token_seconds(runtime: Runtime, ids: list[int], depth: int = 1) -> list[floa
 def calibration(closed: observed.Lasting, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
     and the rest measured now."""
-    export, known = closed.export, report["disk"]
-    disk = known["bandwidth"] if known is not None else sum(observed.drive_bandwidths(export))
-    bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
+    export = closed.export
+    bandwidths = {"disk": fmean(observed.drive_bandwidths(export))}
+    bandwidths["latency"] = observed.disk_latency(export)
     cores, fast = core_rates(closed), report["ceiling"]["read_bandwidth"]
     if link := report["link"]:
         bandwidths |= link | {"gpu": fast}
@@ -137,8 +137,7 @@ def measure(
     step: Step = lambda: None,
 ) -> dict[str, Any]:
     """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able
-    object; ``step`` is called after each run of each of three kinds.  ``compare_disk`` adds what
-    takes memory beside the model's."""
+    object; ``step`` is called after each run of each of three kinds."""
     generator, moved = torch.Generator().manual_seed(0), Counter[str]()
 
     def ids(tokens: int) -> list[int]:
@@ -181,7 +180,7 @@ def measure(
         },
         "decode_milliseconds": components,
         "settings": settings,
-        "disk": _disk(runtime, moved),
+        "disk": _disk(moved),
         "link": observed.link_bandwidths(runtime.model),
         **{key: stats[key] for key in _COUNTERS if key in stats},
     }
@@ -196,19 +195,9 @@ def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float
     return {name: 1000 * spent[name] / tokens for name in longest}
 
 
-def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
-    """What decoding read from disk, if anything, and by drive."""
+def _disk(moved: Counter[str]) -> dict[str, float] | None:
+    """What decoding read from disk, if anything."""
     if not moved["disk"]:
         return None
     rates = {"bytes_per_second": moved["disk"] / moved["seconds"]}
-    rates["bytes_per_token"] = moved["disk"] / moved["tokens"]
-    return {**rates, "drives": runtime.stats()["io"]["disk"]["drives"]}
-
-
-def compare_disk(closed: observed.Lasting, disk: dict[str, Any] | None) -> None:
-    """Add to the ``disk`` of a report what the disk gives alone."""
-    if disk is not None:
-        each = observed.drive_bandwidths(closed.export)
-        disk |= {"bandwidth": sum(each), "fraction": disk["bytes_per_second"] / sum(each)}
-        for drive, bandwidth in zip(disk["drives"], each, strict=True):
-            drive["bandwidth"] = bandwidth
+    return rates | {"bytes_per_token": moved["disk"] / moved["tokens"]}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
+from slotmoe.model.chat import render_chat
 from slotmoe.model.sampling import Sampling
 from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.runtime import Runtime
@@ -208,7 +209,7 @@ class Dialogue:
         tokenizer = self.runtime.tokenizer
         self.runtime.check_length(len(system or "") + len(message))
         messages = [*_messages(system, exchanges), {"role": "user", "content": message}]
-        return tokenizer.encode(tokenizer.chat(messages))
+        return tokenizer.encode(render_chat(tokenizer, messages))
 
 
 def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, str]]:

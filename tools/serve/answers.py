@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Stops, Token
-from slotmoe.model.tokenizer import splitter_of
+from slotmoe.model.reasoning import splitter_of
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.formats import ContentDelta, Reader, text_arguments

@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.tokenizer import Splitter, Tokenizer, overlap
+from slotmoe.model.reasoning import Splitter, overlap
+from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.requests import Call, Function
 
 INDEX = "{index}"
@@ -67,7 +68,7 @@ class CallFormat:
 # As ``formats.json`` has them by name, in the order in which a model's is looked for.  They are as
 # their templates write them; NATIVE is DeepSeek's oldest, also as its model card shows it:
 # https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".  Those of V3.2 and V4
-# are as their folder ``encoding`` has them, HARMONY as ``slotmoe.model.tokenizer.Messages`` passes
+# are as their folder ``encoding`` has them, HARMONY as ``slotmoe.model.reasoning.Messages`` passes
 # gpt-oss' calls on.
 _TABLE = Path(__file__).with_suffix(".json").read_bytes()
 FORMATS = msgspec.json.decode(_TABLE, type=dict[str, CallFormat])

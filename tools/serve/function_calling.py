@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
+from slotmoe.model.chat import render_chat
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
 from slotmoe.tools.serve.errors import RefusedError
@@ -55,7 +56,7 @@ class Dialect:
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         schema = chat.wanted.rule if chat.wanted and chat.wanted.kind == "json" else None
         how = chat.continues or goes_on, chat.effort, schema, chat.extra
-        return self._tokenizer.chat(written, tools, *how)
+        return render_chat(self._tokenizer, written, tools, *how)
 
     @cached_property
     def _inserts(self) -> bool:
@@ -63,7 +64,7 @@ class Dialect:
         roles = "system user system assistant user system".split()
         said = [{"role": role, "content": f"<{number}>"} for number, role in enumerate(roles)]
         try:
-            text = self._tokenizer.chat(said)
+            text = render_chat(self._tokenizer, said)
         except ConfigError:
             return False
         return re.findall(r"<\d>", text) == [message["content"] for message in said]
