@@ -21,7 +21,7 @@ from bench import turns
 from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
 from slotmoe.offload.observe import TraceStep
-from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy import POLICIES, available
 from slotmoe.offload.policy import cache as played
 from slotmoe.offload.policy.cache import FEATURES, Array, make_cache
 from slotmoe.quant.kernels.cpu.bindings import load
@@ -115,7 +115,7 @@ def read_trace(path: Path) -> tuple[Json, list[TraceStep]]:
 @option(
     "--policy policies",
     None,
-    "Repeatable. [default: all]",
+    "Repeatable. [default: all that this machine has]",
     type=click.Choice(POLICIES),
     multiple=True,
 )
@@ -133,7 +133,8 @@ def command(traces: tuple[Path, ...], sizes: Sequence[int], policies: Sequence[s
     sizes = sorted(set(sizes) or {max(top_k, round(share * total / 100)) for share in SHARES})
     recorded = [gate_choices(steps, experts) for _, steps in opened]
     rows, best = list[turns.Row](), list[float]()
-    for size, policy in product(sizes, (OPTIMUM, *(policies or POLICIES))):
+    policies = policies or available(load() is not None)
+    for size, policy in product(sizes, (OPTIMUM, *policies)):
         hits = [
             replay(chosen, features, policy, size, experts) / (len(chosen) * layers * top_k)
             for chosen, features in recorded

@@ -21,7 +21,7 @@ from slotmoe.offload.machine import cache_folder, device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
 from slotmoe.offload.plan.precision import fitted
 from slotmoe.offload.plan.speed import MODES
-from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy import DEFAULT, POLICIES, WITHOUT_KERNELS
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
@@ -215,7 +215,7 @@ _PLANNED = (
 # What ``slotmoe plan`` reckons with.
 plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP, cls=Rare))
 # What ``open_runtime`` reads of any command; then what acts where tokens are decoded, and chosen.
-_STAY = "Which experts stay. [default: learned, lru without native kernels]"
+_STAY = f"Which experts stay. [default: {DEFAULT}, {WITHOUT_KERNELS} without native kernels]"
 _POLICY = choice("--cache-policy", [*POLICIES], None, _STAY, cls=Rare)
 open_options = _adding(*_PLANNED, _POLICY)
 runtime_options = _adding(open_options, choice("--draft", DRAFTS, "auto", _DRAFT, cls=Rare))

@@ -36,7 +36,7 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan
 from slotmoe.offload.plan.precision import kernels_for, precision_of
 from slotmoe.offload.plan.speed import MODES, Setting, Split, stored_bandwidths
-from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy import BY_KERNELS, DEFAULT, POLICIES, WITHOUT_KERNELS
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
@@ -81,11 +81,12 @@ class Options:
             if (given := getattr(self, name)) is not None and given not in values:
                 expected = f"expected one of: {', '.join(values)}"
                 raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
-        if self.cache_policy == "learned" and load() is None:
-            problem = "cache_policy learned needs the native kernels, which were not built"
-            raise ConfigError(f"{problem}; take lru, or see slotmoe doctor")
+        if self.cache_policy in BY_KERNELS and load() is None:
+            problem = f"cache_policy {self.cache_policy} needs native kernels, which were not built"
+            raise ConfigError(f"{problem}; take {WITHOUT_KERNELS}, or see slotmoe doctor")
         for name, is_given, why in (
             ("slots", self.slots is not None, "keeps every expert resident"),
+            ("cache_policy", self.cache_policy is not None, "keeps every expert resident"),
             ("experts_dirs", self.experts_dirs, "reads no export"),
             ("sequences", self.sequences > 1, "holds one sequence"),
         ):
@@ -321,8 +322,7 @@ class _Loader:
         return ram
 
     def way_out(self, free: int) -> str:
-        """What to do where ``free`` bytes of the GPU are too few for the budget.  Graphs, kernels
-        and gaps between tensors need some beside the plan."""
+        """What to do where ``free`` bytes of the GPU are too few; kernels take some beside it."""
         most, advice = memory.share_of(min(free, self.budget)), "end the programs that use it"
         if self._sizes is None or self._make_plan(self._sizes, 0).total > most:
             return f"{advice}, lower --context, or quantize with --resident mixed"
@@ -400,10 +400,10 @@ class _Loader:
         return place
 
     def _cache(self, slots: int) -> Cache:
-        """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
+        """Under the policy asked for; unasked a plain one will do where nothing is evicted."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
-        is_cheap = (native := load()) is None or slots >= layers * experts
-        policy = "lru" if is_cheap else self._options.cache_policy or "learned"
+        is_plain = (native := load()) is None or slots >= layers * experts
+        policy = self._options.cache_policy or (WITHOUT_KERNELS if is_plain else DEFAULT)
         return make_cache(policy, slots, layers, experts, native)
 
     def _experts(self, export: Export, store: Store, weights: dict[str, Prepared]) -> Experts:

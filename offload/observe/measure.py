@@ -19,7 +19,7 @@ from slotmoe.offload.experts.misses import measure_link
 from slotmoe.offload.plan.advice import by_tier, predicted_components
 from slotmoe.offload.plan.memory import HELP_BYTES, kv_read_bytes
 from slotmoe.offload.plan.speed import Bandwidths, Setting
-from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy import available
 from slotmoe.offload.policy.cache import Choices, make_cache, replay
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import layer_file
@@ -127,7 +127,7 @@ def best(setting: Setting, steps: Sequence[Sequence[Choices]], waste: float) -> 
     ``slots``, their ``hit_rate`` and tokens a second.  Policies play the steps without inputs."""
     plan, config, native = setting.plan, setting.config, load()
     sizes, ways = (len(config.moe_layers), config.n_routed_experts), list[Json]()
-    for eighths, policy in product(range(8, 0, -1), POLICIES[::-1] if native else ("lru",)):
+    for eighths, policy in product(range(8, 0, -1), available(native is not None)):
         slots = max(config.num_experts_per_tok, plan.slots * eighths // 8)
         hits = replay(make_cache(policy, slots, *sizes, native), steps)
         size = size_option(plan.total - (plan.slots - slots) * plan.record_bytes, -1)

@@ -1,4 +1,10 @@
 """Decisions over integers, without torch; ``cache`` has the policies of these names."""
 
-# The default comes last: the most hits at every size and on every text, `python -m bench replay`.
-POLICIES = ("lru", "learned")
+POLICIES = ("lru", "lfu-decay", "learned")
+BY_KERNELS = ("learned",)  # those that native kernels compute
+DEFAULT, WITHOUT_KERNELS = "learned", "lfu-decay"  # where kernels are there, and where they are not
+
+
+def available(kernels: bool) -> list[str]:
+    """The policies that a machine with or without native ``kernels`` has."""
+    return [policy for policy in POLICIES if kernels or policy not in BY_KERNELS]

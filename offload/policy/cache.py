@@ -1,10 +1,11 @@
 """Which experts keep a slot: policies over expert ids, without torch.
 
 An expert id is ``moe_layer * experts + expert``, where ``moe_layer`` counts the MoE layers from 0.
-A policy gives each expert a worth.  The cached expert of least worth, and of equals the one of
-lowest id, is evicted for a new one.  With bypass the new one gets a slot only if it is worth more:
-layers are visited in a cycle, so a cache smaller than what one token uses never hits if it admits
-everything.
+A policy is a child of ``Cache`` that gives each expert a worth: ``Lru`` and ``LfuDecay`` write it
+down at each use, and ``Learned`` computes it when it is asked for.  The cached expert of least
+worth, and of equals the one of lowest id, is evicted for a new one.  With bypass the new one gets a
+slot only if it is worth more: layers are visited in a cycle, so a cache smaller than what one token
+uses never hits if it admits everything.
 
 A pass of T tokens: ``advance(T)``, then by layer ``use``, and ``victim`` for what was read.
 
@@ -25,13 +26,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Choices = Sequence[Sequence[int]]  # of a gate: indices [T, K]
 FEATURES = 256
 _COPIES = 2.0  # least bytes over a link at 1 to 3, on the sample with 25% and 50% in slots
+HALVED = 48  # tokens after which a use counts half: the most hits of 4 to 64, bench replay
 FOLLOWED = 256  # newest tokens of a pass that are learned from
 
 
 class Cache:
-    """What is cached, and the counters.  The least recently used expert is worth least."""
+    """What is cached, and the counters.  A child says in ``_touch`` what uses are worth."""
 
-    policy = "lru"
+    policy: str
     learns = False  # whether ``use`` wants the layers' inputs
     bypass = False  # whether a new expert of no more worth than those cached gets no slot
 
@@ -42,7 +44,7 @@ class Cache:
         # Bool [N]: the same, and what may not be evicted now, which others say.
         self._cached_N, self.held_N = np.zeros((2, layers * experts), np.bool_)
         self._now = 0  # tokens so far
-        self._worth_N, self._uses = np.full(layers * experts, -1.0), 0
+        self._worth_N = np.full(layers * experts, -np.inf)  # of what was never used
 
     def advance(self, tokens: int = 1) -> None:
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
@@ -112,8 +114,7 @@ class Cache:
 
     def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
         """The pass's T tokens, the newest of them ``now``, used ids of a layer each."""
-        self._worth_N[ids_MTK.ravel()] = np.arange(self._uses, self._uses + ids_MTK.size)
-        self._uses += ids_MTK.size
+        raise NotImplementedError
 
     def _worths(self, expert_ids: Collection[int]) -> list[float]:
         """Experts' worths as they count for an eviction now."""
@@ -128,6 +129,32 @@ class Cache:
             return -1, 0.0, 0.0
         least = int(ids[self._worth_N[ids].argmin()])
         return least, self._worth_N.item(least), self._worth_N.item(expert_id)
+
+
+class Lru(Cache):
+    """The least recently used expert is worth least."""
+
+    policy = "lru"
+    _uses = 0
+
+    def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
+        self._worth_N[ids_MTK.ravel()] = np.arange(self._uses, self._uses + ids_MTK.size)
+        self._uses += ids_MTK.size
+
+
+class LfuDecay(Cache):
+    """An expert is worth its uses, of which each counts half as much after ``HALVED`` tokens.
+
+    All counts fade alike, so their order stays while nothing is used.  The worth is the logarithm
+    of what a count would be if later uses counted more instead: nothing has to be faded.
+    """
+
+    policy, bypass = "lfu-decay", True
+
+    def _touch(self, ids_MTK: Array, now: int, x_MTD: Array | None) -> None:
+        tokens = ids_MTK.shape[1]
+        times_T1 = np.arange(now - tokens + 1, now + 1)[:, None] / HALVED
+        np.logaddexp2.at(self._worth_N, ids_MTK, times_T1)
 
 
 def fold(x_TD: Array) -> Array:
@@ -237,12 +264,13 @@ def _signs_at(pieces: int) -> int:  # to ask for an address takes longer than to
 def make_cache(
     policy: str, slots: int, layers: int, experts: int, native: "Kernels | None" = None
 ) -> Cache:
-    """An empty cache under one of ``slotmoe.offload.policy.POLICIES``; ``learned`` needs ``native``
-    kernels."""
-    if policy == "lru":
-        return Cache(slots, layers, experts)
-    assert native is not None
-    return Learned(slots, layers, experts, native)
+    """An empty cache under one of ``slotmoe.offload.policy.POLICIES``; those of ``BY_KERNELS`` need
+    ``native`` ones."""
+    if policy == Learned.policy:
+        assert native is not None
+        return Learned(slots, layers, experts, native)
+    kind = {Lru.policy: Lru, LfuDecay.policy: LfuDecay}[policy]
+    return kind(slots, layers, experts)
 
 
 def offer(cache: Cache, expert_id: int, pinned: Collection[int], must: bool = False) -> int | None:

@@ -48,6 +48,7 @@ OPTIONS = [
     ({"sequences": 257}, "sequences is 257, expected 1 to 256"),
     ({"path": SAMPLE, "quantize": False, "slots": 9}, "every expert resident; slots can't be give"),
     ({"path": SAMPLE, "quantize": False, "sequences": 2}, "one sequence; sequences can't be given"),
+    ({"path": SAMPLE, "quantize": False, "cache_policy": "lru"}, "cache_policy can't be given"),
     ({"device": "tpu"}, "tpu"),
 ]
 
@@ -108,8 +109,17 @@ def test_other_mistakes_are_sentences_too(runtime, sample_export, monkeypatch):
     with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temp'"):
         runtime.generate_all(["Call me"], temp=1)
     monkeypatch.setattr(loading, "load", lambda: None)
-    with pytest.raises(ConfigError, match="learned needs the native kernels"):
+    with pytest.raises(ConfigError, match=r"learned needs native kernels.* take lfu-decay"):
         Runtime.open(sample_export, cache_policy="learned")
+    with Runtime.open(sample_export, slots=20) as runtime:
+        assert runtime.model.experts.slots.cache.policy == "lfu-decay"
+
+
+@pytest.mark.parametrize("slots", [20, None])
+@pytest.mark.parametrize("policy", ["lru", "lfu-decay"])
+def test_the_policy_that_is_asked_for_is_taken(sample_export, policy, slots):
+    with Runtime.open(sample_export, slots=slots, cache_policy=policy) as runtime:
+        assert runtime.model.experts.slots.cache.policy == policy
 
 
 def test_ids_may_be_arrays_and_equal_prompts_with_a_seed_are_equal_texts(runtime):

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from bench.replay import read_trace
-from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import FEATURES, Learned, fold, make_cache, offer
+from slotmoe.offload.policy import available
+from slotmoe.offload.policy.cache import (
+    FEATURES,
+    HALVED,
+    Learned,
+    LfuDecay,
+    fold,
+    make_cache,
+    offer,
+)
 from slotmoe.offload.runtime import Runtime
 from tests.support import states
 from tests.support.engine import PROMPT
@@ -65,13 +73,13 @@ class Plain:
 
 
 class Policy(RuleBasedStateMachine):
-    """A cache beside ``Plain``, or the number of each expert's latest use."""
+    """A cache beside ``Plain``, the number of each expert's latest use, or its faded uses."""
 
-    @initialize(policy=st.sampled_from(POLICIES if native else ["lru"]), slots=st.integers(1, 7))
+    @initialize(policy=st.sampled_from(available(native is not None)), slots=st.integers(1, 7))
     def start(self, policy, slots):
         self.cache = make_cache(policy, slots, LAYERS, EXPERTS, native)
-        self.learned, self.used_N = Plain(LAYERS, EXPERTS), np.full(LAYERS * EXPERTS, -1)
-        self.now, self.count = 0, 0
+        self.learned, self.used_N = Plain(LAYERS, EXPERTS), np.full(LAYERS * EXPERTS, -np.inf)
+        self.now, self.count, self.faded_N = 0, 0, np.zeros(LAYERS * EXPERTS)
         self.cached, self.counts = set(), dict.fromkeys(("hits", "misses", "evictions"), 0)
         self.counts["bypassed"] = 0
 
@@ -119,6 +127,9 @@ class Policy(RuleBasedStateMachine):
         if not told:
             self.cache.use(np.array([ids]), later)
         self.learned.visit(layer, tokens, self.now - later)
+        for age, token in enumerate(reversed(ids), later):
+            for id in token:
+                self.faded_N[id] += 2 ** ((self.now - age) / HALVED)
         for id in chain(*ids):
             self.used_N[id] = self.count
             self.count += 1
@@ -149,6 +160,9 @@ class Policy(RuleBasedStateMachine):
     def same(self):
         cache, ids, worths = self.cache, range(LAYERS * EXPERTS), self.worths()
         expected = self.learned.worths() if isinstance(cache, Learned) else self.used_N
+        if isinstance(cache, LfuDecay):
+            with np.errstate(divide="ignore"):
+                expected = np.log2(self.faded_N)
         np.testing.assert_allclose(worths, expected, rtol=1e-9)
         assert cache.cached == self.cached and len(cache) <= cache.slots
         assert {name: getattr(cache, name) for name in self.counts} == self.counts
@@ -164,14 +178,14 @@ def test_orders_of_events(examples, steps, part):
 @needs_native
 def test_decisions_on_recorded_routing(heavy, sample_export, tmp_path):
     """Each that the passes of a run lead to, with inputs that at times are no numbers; and there
-    are more hits than ``lru`` has."""
+    are more hits than ``lfu-decay`` has, which has more than ``lru``."""
     with Runtime.open(sample_export, context=128, draft="off") as runtime:
         runtime.trace(tmp_path / "trace")
         runtime.generate(PROMPT, 60).read()
     header, steps = read_trace(tmp_path / "trace")
     size = len(header["layers"]), header["n_routed_experts"]
     for slots in (25, 60):
-        caches = [make_cache(policy, slots, *size, native) for policy in POLICIES]
+        caches = [make_cache(policy, slots, *size, native) for policy in available(True)]
         plain, now = Plain(*size), 0
         for number, (indices, features) in enumerate(steps):
             now += len(indices)
@@ -191,4 +205,5 @@ def test_decisions_on_recorded_routing(heavy, sample_export, tmp_path):
                         leaves = id if worths[leaves] >= worths[id] else leaves
                         leaves = leaves if len(cache) == slots else None
                         assert offer(cache, id, ids_TK[-1]) == leaves or not cache.learns
-        assert caches[1].hits > caches[0].hits
+        hits = [cache.hits for cache in caches]
+        assert hits == sorted(hits) and len({*hits}) == 3
