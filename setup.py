@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -61,8 +62,14 @@ class BuildChanged(build_ext):
         elif self.compiler.compiler_type == "mingw32":  # GCC there does not align stacks for AVX
             extension.extra_compile_args += ["-Wa,-muse-unaligned-vector-move"]
             extension.extra_link_args += ["-static"]
+        folder = Path(self.build_temp) / "generated"
+        folder.mkdir(parents=True, exist_ok=True)
+        extension.include_dirs.append(str(folder))
+        signatures = (KERNELS / "signatures.txt").read_text(encoding="utf-8")
+        checksum = zlib.crc32(signatures.encode())
+        write_changed(folder / "signatures.h", f"#define SLOTMOE_SIGNATURES {checksum}\n")
         if compiler := shutil.which("glslangValidator") or shutil.which("glslang"):
-            self.embed_shaders(extension, compiler)
+            self.embed_shaders(extension, compiler, folder)
         compile_in_turn = self.compiler.compile
 
         def compile_at_once(sources, **options):
@@ -76,10 +83,8 @@ class BuildChanged(build_ext):
         self.force = self.compiler.force = True  # only `compile_changed` knows what changed
         super().build_extension(extension)
 
-    def embed_shaders(self, extension, compiler):
+    def embed_shaders(self, extension, compiler, folder):
         """Each shader as an array of SPIR-V's words, in a header that the others include."""
-        folder = Path(self.build_temp) / "shaders"
-        folder.mkdir(parents=True, exist_ok=True)
         shaders, embedded = sorted(VULKAN.glob("shaders/*.comp")), folder / "embedded"
         for shader in shaders:
             words = ["--vn", f"{shader.stem}_spirv", "-o", embedded, shader]
@@ -88,7 +93,6 @@ class BuildChanged(build_ext):
             write_changed(folder / f"{shader.stem}.h", embedded.read_text(encoding="utf-8"))
         whole = "".join(f'#include "{shader.stem}.h"\n' for shader in shaders)
         write_changed(folder / "shaders.h", f"#include <cstdint>\n{whole}")
-        extension.include_dirs.append(str(folder))
         extension.define_macros.append(("SLOTMOE_SHADERS", "1"))
 
 
