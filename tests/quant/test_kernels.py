@@ -5,13 +5,16 @@ That ``decode`` gives the bits of its parts is held by test_kernels_network.py.
 
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 from slotmoe.errors import ConfigError
@@ -22,7 +25,8 @@ from slotmoe.quant.codecs.codec import LUT4, NF4
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix, bind_router
+from slotmoe.quant.kernels.cpu import weights
+from slotmoe.quant.kernels.cpu.weights import STRUCTURES, BoundMlp, Matrix, Structure, bind_router
 from slotmoe.quant.shapes import record_bytes
 from tests.support.codes import random_codes
 from tests.support.kernels import (
@@ -54,6 +58,41 @@ def test_a_forked_child_does_not_hang(kernels):
         signal.alarm(60)  # which kills it
         os._exit(0 if torch.equal(kernels.linear(w, x), want) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("CHECKSUM", qk.CHECKSUM + 1),
+        ("_RECORD", Structure("one_more hidden")),
+        ("TOKENS", [Structure("positions:int64s").type]),
+        ("STRUCTURES", [*STRUCTURES[:-1], Structure("one_more:float").type]),
+        ("STRUCTURES", STRUCTURES[::-1]),
+    ],
+)
+def test_a_library_of_other_declarations_is_refused(monkeypatch, name, changed):
+    monkeypatch.setattr(qk, name, changed)
+    with pytest.raises(ConfigError, match=r"_native.*: built from other .*; build again"):
+        qk.load.__wrapped__()
+
+
+def test_what_python_declares_is_in_the_layout():
+    declared = [*vars(weights).values(), *vars(qk).values()]
+    structures = {one.type for one in declared if isinstance(one, Structure)}
+    assert structures < {*STRUCTURES, qk._RECORD.type}
+
+
+def test_a_library_that_knows_no_layout_is_refused_and_one_that_does_not_load_is_none(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(qk, "__file__", str(tmp_path / "bindings.py"))
+    assert qk.load.__wrapped__() is None
+    library = tmp_path / Path(native.library._name).name
+    library.write_bytes(b"of another machine")
+    assert qk.load.__wrapped__() is None
+    shutil.copy(safetensors._safetensors_rust.__file__, library)
+    with pytest.raises(ConfigError, match="layout None, expected"):
+        qk.load.__wrapped__()
 
 
 def test_bad_arguments_are_refused():

@@ -79,7 +79,6 @@ bool slotmoe::finite(const float* levels) {
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 23; }
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
 EXPORT void slotmoe_set_cpus(const int32_t* cpus, int count) { set_cpus(cpus, count); }

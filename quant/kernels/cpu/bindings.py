@@ -1,9 +1,10 @@
 """Native CPU kernels for quantized weights and latent attention, through ctypes.
 
 `load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign
-to this machine; the caller then falls back to torch. Tensors are contiguous CPU tensors unless said
-otherwise, and checked before the native side sees a pointer: a wrong dtype, shape, size or
-alignment is a `ValueError`, of caches and `decode`'s tensors, from backends, an `AssertionError`.
+to this machine; the caller then falls back to torch. A binary built from other
+declarations is refused (`layout`). Tensors are contiguous CPU tensors unless said otherwise, and
+checked before the native side sees a pointer: a wrong dtype, shape, size or alignment is a
+`ValueError`, of caches and `decode`'s tensors, from backends, an `AssertionError`.
 
 Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; E
 experts of a layer; A heads; R and P columns of a latent, without and with rotation.  Results do not
@@ -34,17 +35,24 @@ from slotmoe.network.state import Empty, Group
 from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import (
+    CHECKSUM,
     SIGNATURES,
     Bound,
     NativeFunction,
     check,
     tensor_spec,
 )
-from slotmoe.quant.kernels.cpu.weights import ACTIVATION, INT8, Absorbed, Matrix, Structure
+from slotmoe.quant.kernels.cpu.weights import (
+    ACTIVATION,
+    INT8,
+    STRUCTURES,
+    Absorbed,
+    Matrix,
+    Structure,
+)
 from slotmoe.quant.shapes import record_bytes
 from slotmoe.system import cores
 
-ABI = 23
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 _Chosen = ctypes.c_double * 3
 STAGES = ("attention", "gate", "experts", "shared experts and dense layers", "head")
@@ -57,10 +65,13 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
+        found = getattr(self.library, "slotmoe_layout", lambda: None)()  # older ones have none
+        if found != layout():
+            layouts = f"layout {found}, expected {layout()}"
+            remedy = "build again: pip install --no-deps -e ."
+            raise ConfigError(f"{path}: built from other sources ({layouts}); {remedy}")
         self.library.slotmoe_isa.restype = self.library.slotmoe_isa_name.restype = ctypes.c_char_p
         self.library.slotmoe_read.argtypes = ctypes.c_void_p, ctypes.c_int64
-        if self.library.slotmoe_abi() != ABI:
-            raise OSError(f"{path} has ABI {self.library.slotmoe_abi()}, expected {ABI}")
         self.set_threads(cores())
         self._logits: tuple[Tensor | None, int | None, int] = None, None, 0  # that were checked
         self._functions = {name: NativeFunction(self.library, name) for name in SIGNATURES}
@@ -172,13 +183,14 @@ class Kernels:
 @cache
 def load() -> Kernels | None:
     """The kernels, or None where their binary is missing or does not load.  They use the best
-    instruction set, or that of ``SLOTMOE_INSTRUCTIONS``.  Raises `ConfigError`."""
+    instruction set, or that of ``SLOTMOE_INSTRUCTIONS``.  Raises `ConfigError`, also for a binary
+    that is built from other sources."""
     # What serves every version of Python comes before what an older build has left.
     suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)
     paths = (Path(__file__).with_name(f"_native{suffix}") for suffix in suffixes)
     try:
         kernels = Kernels(next(filter(Path.exists, paths)))
-    except (StopIteration, OSError, AttributeError):
+    except (StopIteration, OSError):
         return None
     if wanted := os.environ.get(INSTRUCTIONS):
         kernels.set_isa(wanted)
@@ -248,6 +260,17 @@ _GROUP = _STORE + _STORE + " table:pointer"
 _TOKENS = "positions:int64s table:pointer query_scale:pointer" + _STORE + _STORE
 _TOKENS += " lists:pointer ids:pointer compressed_table:pointer" + _STORE + _STORE + " folds:int64s"
 TOKENS = [Structure(_TOKENS + count * _GROUP).type for count in range(4)]  # by groups
+
+
+def layout() -> int:
+    """What the library's `slotmoe_layout` (layout.cpp) gives where it is built from these
+    declarations: a number made of signatures.txt and of the structures' sizes."""
+    number = CHECKSUM
+    for structure in (*STRUCTURES, _RECORD.type, TOKENS[-1]):
+        number = (number * 31 + ctypes.sizeof(structure)) % 0x7FFFFFFF
+    return number
+
+
 NO_STORE: tuple[object, ...] = (None, None, 0, 0)
 NO_DELTA = *NO_STORE, *NO_STORE, None
 

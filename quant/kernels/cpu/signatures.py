@@ -16,6 +16,7 @@ letter sets it, unless the caller does.  N/16 is N / 16 rounded up, K/64+2 two m
 
 import ctypes
 import re
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from itertools import zip_longest
@@ -37,7 +38,10 @@ C_TYPES: dict[str, type] = {  # all others are sizes
     **{"pointers": ctypes.POINTER(ctypes.c_void_p), "int64s": ctypes.POINTER(ctypes.c_int64)},
     **{"type": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double},
 }
-_ROWS = re.sub(r"\n +", " ", Path(__file__).with_name("signatures.txt").read_text(encoding="utf-8"))
+_TABLE = Path(__file__).with_name("signatures.txt").read_text(encoding="utf-8")
+CHECKSUM = zlib.crc32(_TABLE.encode())
+"""Of signatures.txt, as setup.py gives it to layout.cpp."""
+_ROWS = re.sub(r"\n +", " ", _TABLE)
 SIGNATURES: dict[str, str] = dict(re.findall(r"^(\w+): (.+)$", _ROWS, re.MULTILINE))
 _REFUSED = {
     1: "the kernels refused an argument: sizes must be at least 1, levels finite, indices"

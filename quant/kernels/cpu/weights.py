@@ -227,6 +227,10 @@ _MODEL = Structure(
     f"layers hidden experts streams vocabulary layer:pointer {ROUTER} embedding:matrix[V,H]"
     " head:matrix[V,H] pairs norm:f32[H] frequencies:f32[C] eps:float factor:float"
 )
+_ATTENTIONS = _INDEXER, _ABSORBED, _ATTENTION, _COMPRESSOR, _COMPRESSED, _GROUPED, _DELTA
+_BOUND = Structure(ACTIVATION), _MLP, *_ATTENTIONS, _ROUTER, _HYPER, _LAYER, _MODEL
+STRUCTURES: list[type] = [NativeMatrix, *(structure.type for structure in _BOUND)]
+"""What C++ declares too, in the order of layout.cpp."""
 
 
 Layers = Sequence[Layer[Prepared]]
