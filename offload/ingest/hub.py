@@ -13,10 +13,10 @@ the checksum that the hub gave for the commit, wherever it came from.  ``DST.dow
 import os
 import shutil
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, suppress
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,32 +39,12 @@ _HEAD_BYTES = 64 << 10  # holds most headers; a longer one takes a second reques
 _HEADERS = 8  # that are asked for at once
 
 
-def _begun(act: Callable[[str], T], names: Iterable[str], threads: int) -> dict[str, Future[T]]:
-    """What ``act`` makes of each of ``names``, in their order, in threads that end with the process
-    at the latest: none that waits for a silent server holds Ctrl-C up."""
-    futures: dict[str, Future[T]] = {name: Future() for name in names}
-    queue = deque(futures.items())
-
-    def work() -> None:
-        with suppress(IndexError):
-            while True:
-                name, future = queue.popleft()
-                try:
-                    future.set_result(act(name))
-                except BaseException as problem:
-                    future.set_exception(problem)
-
-    for _ in range(min(threads, len(futures))):
-        threading.Thread(target=work, daemon=True).start()
-    return futures
-
-
-def _arrived_in(future: "Future[T]") -> T:
-    """Its result.  A signal that strikes just before Python waits for a lock does not end that
-    wait, so none is long."""
-    while not wait((future,), 0.5).done:
-        pass
-    return future.result()
+def _arrived_in(result: "AsyncResult[T]") -> T:
+    """What a thread of a pool made.  A signal that strikes just before Python waits for a lock does
+    not end that wait, so no wait is long."""
+    while not result.ready():
+        result.wait(0.5)
+    return result.get()
 
 
 class Portion(NamedTuple):
@@ -103,17 +83,19 @@ class Shards:
         self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0
         self._stop = threading.Event()
-        self._coming: dict[str, Future[Any]] = {}
+        # These threads end with the process at the latest, so no silent server holds Ctrl-C up.
+        self._headers = ThreadPool(_HEADERS)
+        self._arrivals = ThreadPool(1)
+        self._coming: dict[str, AsyncResult[Any]] = {}
 
     def close(self) -> None:
-        """Whatever arrives now is given up, soon."""
+        """Give up the files that arrive now: a download sees this when its next bytes come."""
         self._stop.set()
-        if any(not future.done() for future in self._coming.values()):
-            with suppress(ImportError):
-                from huggingface_hub.utils._xet import abort_xet_session
-
-                abort_xet_session()
-            wait(self._coming.values(), 1)
+        patience = time.monotonic() + 1
+        for result in self._coming.values():
+            result.wait(max(0.0, patience - time.monotonic()))
+        self._headers.terminate()
+        self._arrivals.terminate()
 
     def stamps(self, files: Iterable[str]) -> dict[str, str]:
         """The hub's checksums of weight files, by which they are known without reading."""
@@ -152,9 +134,10 @@ class Shards:
             rule = "without a network all must be in huggingface_hub's cache"
             problem = f"{count}: {', '.join(missing[:5])}{more}; {rule}"
             raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
-        self._coming = _begun(self._fetch_header, names, _HEADERS)
-        for future in self._coming.values():
-            _arrived_in(future)
+        for name in names:
+            self._coming[name] = self._headers.apply_async(self._fetch_header, (name,))
+        for name in names:
+            _arrived_in(self._coming[name])
 
     def _fetch_small(self, name: str, limit: int) -> None:
         path, expected = self.folder / name, self.snapshot.files.get(name)
@@ -321,7 +304,8 @@ class Shards:
                     yield portion
 
     def _begin(self, files: set[str]) -> None:
-        self._coming = _begun(self._arrive, sorted(files), 1)
+        for name in sorted(files):
+            self._coming[name] = self._arrivals.apply_async(self._arrive, (name,))
 
     def _arrive(self, name: str) -> Path:
         places = self._arrived(name), self.snapshot.cached(name)

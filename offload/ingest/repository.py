@@ -175,6 +175,8 @@ def asked(
     what ``explained`` gives, and ``Stopped`` once ``stop`` is set."""
     stop, attempts = stop or Event(), ATTEMPTS if file else min(ATTEMPTS, 3)
     for failures in count(1):
+        if stop.is_set():
+            raise Stopped
         try:
             return ask()
         except (SlotmoeError, Stopped):
@@ -187,6 +189,5 @@ def asked(
             advice = f"gave up after {failures} attempts, run the same command again to resume"
             raise DownloadError(f"{repo}{file and '/'}{file}: {cause}; {advice}")
         pause = min(PAUSE * 2.0 ** (failures - 1), 60.0) * random.uniform(0.75, 1.25)
-        if stop.wait(max(pause, min(cause.after, 300.0))):
-            raise Stopped
+        stop.wait(max(pause, min(cause.after, 300.0)))
     raise AssertionError
