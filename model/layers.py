@@ -147,12 +147,14 @@ class LayerByLayer:
         self._geometry, self._layers, self._backend = geometry, layers, backend
         self._attentions = attentions(geometry, backend)
 
-    def run_layers(self, chunk: Chunk, experts: RoutedExperts | None = None) -> Pending | None:
+    def run_layers(
+        self, chunk: Chunk, experts: RoutedExperts | None = None, stop: int | None = None
+    ) -> Pending | None:
         """See ``slotmoe.quant.backends.base.Runner``; ``experts`` are never asked."""
         backend, eps, router = self._backend, self._geometry.eps, self._geometry.router
         if chunk.x_TD is not None:
-            self.feed_forward(chunk)
-        while chunk.layer < len(self._layers):
+            self._feed_forward(chunk)
+        while chunk.layer < (len(self._layers) if stop is None else stop):
             layer = self._layers[chunk.layer]
             x_TD, mixed = self._input(chunk, layer.attention_mixing)
             x_TD = backend.rms_norm(x_TD, layer.input_layernorm, eps)
@@ -174,10 +176,10 @@ class LayerByLayer:
                 if chunk.timer is not None:
                     chunk.timer.mark("gate")
                 return Pending(chunk.layer, x_TD, *choice)
-            self.feed_forward(chunk)
+            self._feed_forward(chunk)
         return None
 
-    def feed_forward(self, chunk: Chunk) -> None:
+    def _feed_forward(self, chunk: Chunk) -> None:
         """Add what the layer's routed experts gave and what its own MLP gives, and go on."""
         mlp, y_TD = self._layers[chunk.layer].mlp, chunk.routed_TD
         if mlp is not None:

@@ -141,9 +141,10 @@ class Network:
             state.begin(count)
         if self.timer is not None:
             self.timer.mark("rest")
-        runner: Runner | LayerByLayer = self._layer_by_layer
+        runner: Runner = self._layer_by_layer
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
-        if self._decoder and (few or self.backend.decodes_all):
+        has_room = self.backend.decodes_all and not any(state.rolls for state in states)
+        if self._decoder and (few or has_room):
             runner, size = self._decoder, min(size, self.rows)
         embeds = runner is self._decoder and self.backend.embeds
         if h_TD is None:
@@ -164,6 +165,8 @@ class Network:
                 ]
                 of = [*zip(*parts, strict=True)]
             chunks.append(self._positions.chunk(h_CD, *of, self.timer, ids_C, embeds=embeds))
+        for chunk in chunks:
+            chunk.waits = not few
         chunks[-1].ends, waiting = True, chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]
@@ -172,13 +175,13 @@ class Network:
         self._ended = chunks[-1].h_TD, chunks[-1].logits_TV
         return h_TD if len(chunks) > 1 else chunks[0].h_TD
 
-    def _advance(self, chunk: Chunk, runner: Runner | LayerByLayer) -> bool:
+    def _advance(self, chunk: Chunk, runner: Runner) -> bool:
         """Take a chunk to and through the next layer with experts; False if there is none."""
         if (pending := runner.run_layers(chunk, self.experts)) is None:
             return False
         chunk.routed_TD = self.experts(*pending)
-        if runner is self._layer_by_layer:  # so that only the residual stream waits
-            self._layer_by_layer.feed_forward(chunk)
+        if chunk.waits:  # with the residual stream alone
+            runner.run_layers(chunk, self.experts, stop=chunk.layer + 1)
         return True
 
     def head(self, h_TD: Tensor) -> Tensor:

@@ -96,17 +96,24 @@ class RoutedExperts(Protocol):
 
 
 class Runner(Protocol):
+    """Runs layers."""
+
+    def run_layers(
+        self, chunk: Chunk, experts: RoutedExperts, stop: int | None = None
+    ) -> Pending | None:
+        """Go on with ``chunk`` until a layer lacks an expert, which is returned, or up to the layer
+        ``stop``, which is not begun, or to the end.
+
+        It may compute layers whose experts all have slots (``slot_table``), and tells ``passed``.
+        """
+
+
+class Decoder(Runner, Protocol):
     """Runs layers for a few tokens of each sequence, each bitwise what it gives alone."""
 
     @property
     def rows(self) -> int:
         """Tokens that a pass may have."""
-
-    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> Pending | None:
-        """Go on with ``chunk`` until a layer lacks an expert, which is returned, or to the end.
-
-        It may compute layers whose experts all have slots (``slot_table``), and tells ``passed``.
-        """
 
 
 def unbound(weight: Prepared) -> Weight:
@@ -310,7 +317,7 @@ class TorchBackend(TorchAttention):
         geometry: Geometry,
         layers: Sequence[Layer[Prepared]],
         ends: layer_types.Ends[Prepared],
-    ) -> Runner | None:
+    ) -> Decoder | None:
         """What runs passes over a few tokens of each sequence, each bitwise what the operations
         give for it alone; None where the network shall run them so."""
         return None

@@ -43,8 +43,8 @@ _ENDED = 32  # rows whose logits a pass gives
 
 
 class NativeDecoder:
-    """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
-    lacks an expert.  See ``slotmoe.quant.backends.base.Runner``.
+    """Runs layers in one native call up to the first layer that lacks an expert, or if the chunk
+    waits, to the next layer that has some.  See ``slotmoe.quant.backends.base.Runner``.
 
     Between two calls lie Python, cold caches and a wake-up of the threads, so fewer and larger
     calls are faster.  Each gives bitwise what the single operations give.  Weights, records and
@@ -63,6 +63,8 @@ class NativeDecoder:
         # Of one token's call that asks so many routers; no two of a pass ask equally many.
         self._results = dict[int, tuple[list[Tensor], list[int]]]()
         self._slots_ME: Tensor | None = None  # that were checked last
+        shape = layers.sizes["M"], layers.sizes.get("E", 0)
+        self._no_slots_ME = torch.full(shape, -1, dtype=torch.int32)
         # Of the last call, checked.
         self._positions, self._given = int64s([]), tuple[object, ...]()
         self._ids: tuple[Tensor | None, int | None] = None, None
@@ -71,22 +73,30 @@ class NativeDecoder:
         kinds |= {layer_types.Grouped: self._grouped}
         self._tokens = kinds[layers.attention]
 
-    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> Pending | None:
+    def run_layers(
+        self, chunk: Chunk, experts: RoutedExperts, stop: int | None = None
+    ) -> Pending | None:
         """See ``slotmoe.quant.backends.base.Runner``.  ``AssertionError`` for a tensor of another
         shape, kind or place than the layers', ``ValueError`` for a slab or window too small."""
-        table = experts.slot_table()
         layers, first, x_TD = self._layers, chunk.layer, chunk.x_TD
+        stop = self._count if stop is None else stop
+        if first == stop:
+            return None
+        table = experts.slot_table()
         resumed = x_TD is not None
-        assert 0 <= first < self._count
-        asked = layers.routers_from[first] - resumed
-        assert asked >= layers.routers_from[first + 1]
+        assert 0 <= first < stop <= self._count
         assert resumed == (chunk.routed_TD is not None)
+        asked = layers.routers_from[first] - layers.routers_from[stop] - resumed
+        assert asked >= layers.routers_from[first + 1] - layers.routers_from[stop]
         began, slots_ME, sizes = time.perf_counter(), table.slots_ME, layers.sizes
+        if chunk.waits:
+            slots_ME, asked = self._no_slots_ME, min(asked, 1)
         # A call stores all latents of a layer before any token attends to them.
         caches, positions = list[SequenceState](), list[int]()
-        for cache, count in zip(chunk.caches, chunk.counts, strict=True):
+        for cache, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
             caches += [cache] * count
-            positions += range(cache.length, cache.length + count)
+            position = cache.length + before
+            positions += range(position, position + count)
         T = len(positions)
         if chunk.ids_T is not self._ids[0]:
             self._ids = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
@@ -94,42 +104,55 @@ class NativeDecoder:
         if slots_ME is not self._slots_ME:
             address(slots_ME, torch.int32, sizes["M"], sizes["E"])
             self._slots_ME = slots_ME
+        gives = layers.streams == 1 and T <= _ENDED and not chunk.waits
+        results, places = self._memory(asked, T, gives)
+        y_TX, norms, weights_TK, logits_TV, indices, inputs = results
         f32, H, Q = torch.float32, sizes["H"], sizes["Q"]
-        gives = Q == 1 and T <= _ENDED
-        if T > 1 or (results := self._results.get(asked)) is None:
-            shapes = (T, sizes["X"]), (asked + 1, T, H), (T, sizes["K"]), (gives * T, sizes["V"])
-            memory = [*map(torch.empty, shapes), torch.empty(asked, *shapes[2], dtype=torch.int64)]
-            results = [*memory, memory[1][:asked]], [tensor.data_ptr() for tensor in memory]
-            if T == 1:
-                self._results[asked] = results
-        (y_TX, norms, weights_TK, logits_TV, indices, inputs), places = results
-        h = address(chunk.h_TD, f32, T, sizes["X"]) if chunk.h_TD.shape[0] else None
+        h = address(chunk.h_TD, f32, T, sizes["X"]) if len(chunk.h_TD) else None
+        if h is not None:  # the stream goes on in its place
+            y_TX = chunk.h_TD
         x, routed, post, comb = None, None, None, None
         if resumed:
             x, routed = address(x_TD, f32, T, H), address(chunk.routed_TD, f32, T, H)
         if mixed := chunk.mixed:
             post, comb = address(mixed[0], f32, T, Q), address(mixed[1], f32, T, Q, Q)
         self._native.call(
-            *("decode", layers.address, first, T, h, ctypes.byref(tokens), slots_ME.data_ptr()),
-            *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address, x, routed, post, comb),
-            *(*places[:3], places[4], ctypes.byref(self._reached), places[3] or None, self._spent),
+            *("decode", layers.address, first, stop, T, h, ctypes.byref(tokens)),
+            *(slots_ME.data_ptr(), slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address),
+            *(x, routed, post, comb, h or places[0], *places[1:3], places[4]),
+            *(ctypes.byref(self._reached), places[3] or None, self._spent),
         )
         if chunk.timer is not None:
             ends = accumulate(self._spent, initial=began)
             for stage, now in zip(("cache and prefetch", *STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)
-        at, first = self._reached.value, first + resumed
-        chunk.layer, chunk.h_TD = at, y_TX
-        if at == self._count:
-            chunk.logits_TV = logits_TV if gives else None
+        at, behind = self._reached.value, first + resumed
+        chunk.layer, chunk.h_TD, chunk.x_TD, chunk.routed_TD = at, y_TX, None, None
+        if at == stop:
+            chunk.logits_TV = logits_TV if gives and at == self._count else None
             if asked:
-                experts.passed(first, indices, inputs)
+                experts.passed(behind, indices, inputs)
             return None
-        asked -= layers.routers_from[at + 1]
+        asked = layers.routers_from[behind] - layers.routers_from[at + 1]
         if asked > 1:
-            experts.passed(first, indices[: asked - 1], norms[: asked - 1])
+            experts.passed(behind, indices[: asked - 1], norms[: asked - 1])
         chunk.x_TD = norms[asked - 1]
         return Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
+
+    def _memory(self, asked: int, T: int, gives: bool) -> tuple[list[Tensor], list[int]]:
+        """What a call that asks so many routers gives: streams, inputs of routers, weights, logits,
+        choices, and the inputs without what is behind the last router; and the addresses of the
+        first five."""
+        if T == 1 and (results := self._results.get(asked)) is not None:
+            return results
+        sizes = self._layers.sizes
+        norms = (asked + 1, T, sizes["H"])
+        shapes = (T, sizes["X"]), norms, (T, sizes["K"]), (gives * T, sizes["V"])
+        memory = [*map(torch.empty, shapes), torch.empty(asked, *shapes[2], dtype=torch.int64)]
+        results = [*memory, memory[1][:asked]], [tensor.data_ptr() for tensor in memory]
+        if T == 1:
+            self._results[asked] = results
+        return results
 
     def _latent(
         self, chunk: Chunk, states: Sequence[SequenceState], positions: list[int]
@@ -228,7 +251,7 @@ class NativeBackend(TorchBackend):
     agree.  torch's own threads stay idle in decode.
     """
 
-    kind, absorbs, embeds = "native", True, True
+    kind, absorbs, embeds, decodes_all = "native", True, True, True
 
     def __init__(self, native: Kernels, activation: Activation = SWIGLU):
         super().__init__(torch.float32, activation)

@@ -106,8 +106,11 @@ class TritonDecoder:
         # addresses of all that it has touched.
         self._graphs: dict[tuple[int, int, bool], Captured[Gone]] = {}
 
-    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> Pending | None:
+    def run_layers(
+        self, chunk: Chunk, experts: RoutedExperts, stop: int | None = None
+    ) -> Pending | None:
         """See ``slotmoe.quant.backends.base.Runner``."""
+        assert stop is None
         first, T = chunk.layer + (chunk.x_TD is not None), len(chunk.h_TD)
         given_TD, table = chunk.routed_TD, None
         if first == 0:

@@ -184,8 +184,9 @@ class VulkanBackend(TorchBackend):
             kernels.Matrix(_DENSE[torch.float32], *rows, gate), bias, own, *map(_matrix, parts),
         )  # fmt: skip
 
-    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> None:
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts, stop: int | None = None) -> None:
         """All of them: where experts are missing they are brought and it goes on."""
+        assert stop is None
         placed: Any = experts  # ``slotmoe.offload.devices.vulkan.PlacedExperts``
         views, step, ids_T, at = self._views, self._step, cast(Tensor, chunk.ids_T), 0
         T = len(ids_T)

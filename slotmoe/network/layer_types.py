@@ -363,7 +363,8 @@ class Chunk:
     side by side.  Where ``x_TD`` is set, that layer lacks only its feed-forward: ``x_TD`` is the
     input of that, ``routed_TD`` the weighted sum of its routed experts, and ``mixed`` how the
     streams take it in.  ``lists_TL``, int32, are the rows that the last indexer has chosen for each
-    token, best known in ascending order, -1 behind the last.  The pass ``ends`` with this chunk;
+    token, best known in ascending order, -1 behind the last.  A chunk that ``waits`` stops at each
+    layer with experts, where other chunks of its pass go first.  The pass ``ends`` with this chunk;
     then a runner may give ``logits_TV``, float32, until the next pass.  A stream without rows is
     before the embedding.
     """
@@ -384,4 +385,5 @@ class Chunk:
     mixed: Mixed | None = None
     lists_TL: Tensor | None = None
     ends: bool = False
+    waits: bool = False
     logits_TV: Tensor | None = None

@@ -101,6 +101,11 @@ class SequenceState:
         self._ends = list[int]()  # where texts have ended last
 
     @property
+    def rolls(self) -> bool:
+        """Whether some of its rows make room for those of later tokens."""
+        return bool(self._tails)
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of its memory that have been written so far."""
         marks = sum(self.snapshot_bytes(at) for at in self.marks)

@@ -5,6 +5,7 @@
 namespace slotmoe {
 
 constexpr int64_t kMostSpans = 16;
+constexpr int64_t kFewTokens = 64;  // whose attention holds the sums of all spans at once
 
 // What a query q [heads, r + p] over `context` rows needs; the split into spans follows from the context alone.
 inline Mla mla_for(const float* q, float* out, const uint8_t* cache, int64_t heads, int64_t context, int64_t stride,
@@ -74,7 +75,7 @@ inline void attend_by_spans(Job& job, const Isa& isa, const Mla* mlas, int64_t c
 }
 
 // t queries, alike; mla_of(i) has what one attends to: a list, or the first rows of a cache, one more than the query
-// before it on the same cache, and where its result goes. If there are `few`, each splits its context over the threads,
+// before it on the same cache, and where its result goes. Queries with lists share no chunks. If there are `few`, each splits its context over the threads,
 // else they are split over them; the arithmetic is the same.
 template <class MlaOf>
 void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
@@ -90,7 +91,7 @@ void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
         return;
     }
     const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
-    const int64_t shared = one.list ? 1 : one.shared;
+    const int64_t shared = one.shared;
     uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * shared * job.threads());
     uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
     job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
@@ -98,7 +99,7 @@ void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
         for (int64_t first = begin, count; first < end; first += count) {
             for (count = 0; count < shared && first + count < end; count++) {
                 m[count] = mla_of(first + count);
-                if (m[count].cache != m[0].cache) break;
+                if (count && (m[count].list || m[0].list || m[count].cache != m[0].cache)) break;
             }
             for (int64_t i = 0; i < count; i++) {
                 mla_buffers(m[i], buffers + (thread * shared + i) * bytes);

@@ -292,16 +292,19 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
     if (a.indexer) index_tokens(job, isa, a, t, x, q_in, tokens);
 
     float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
-    Mla* mlas = job.scratch<Mla>(kMlas, t);
     float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
-    for (int64_t token = 0; token < t; token++) {
+    const auto mla_of = [&](int64_t token) {
         const bool chosen = a.topk && positions[token] + 1 > a.topk;
         const int64_t context = chosen ? a.topk : positions[token] + 1;
-        mlas[token] = mla_for(q_full + token * heads * width, latent_out + token * heads * r,
-                              tokens.rows.at(token, a.row, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
-        if (chosen) mlas[token].list = tokens.lists + token * a.topk;
-    }
-    give_buffers(job, mlas, t);
+        Mla mla = mla_for(q_full + token * heads * width, latent_out + token * heads * r,
+                          tokens.rows.at(token, a.row, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
+        if (chosen) mla.list = tokens.lists + token * a.topk;
+        return mla;
+    };
+    const bool few = t <= kFewTokens;  // then queries and sums go along with the heads' products
+    Mla* mlas = few ? job.scratch<Mla>(kMlas, t) : nullptr;
+    for (int64_t token = 0; few && token < t; token++) mlas[token] = mla_of(token);
+    if (few) give_buffers(job, mlas, t);
     float* values = job.scratch<float>(kValues, t * heads * v);
 
     job.each(t, [&](int, int64_t token) {
@@ -319,14 +322,13 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
             for (int64_t head = begin; head < end; head++)
                 rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, a.halves,
                        q_full + (token * heads + head) * width + r);
-            isa.mla_queries(mlas[token], begin, end);
+            if (few) isa.mla_queries(mlas[token], begin, end);
         }
     });
-    attend_by_spans(job, isa, mlas, t);
+    few ? attend_by_spans(job, isa, mlas, t) : attend(job, isa, t, false, mla_of);
     const Absorption of_values{job, isa, *a.kv_b, true, latent_out, r, t, values, v};
     job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t token = 0; token < t; token++)
-            isa.mla_merge(mlas[token], begin, end);
+        for (int64_t token = 0; few && token < t; token++) isa.mla_merge(mlas[token], begin, end);
         of_values.run(thread, begin * of_values.groups, end * of_values.groups);
     });
     leave(job, isa, a, nullptr, values, t, h, y, x, logits);

@@ -91,7 +91,9 @@ void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_
         return hyper_out(job, isa, block, h, post, comb, t, layer.mlp_mixing->m, hidden, y);
     }
     if (layer.mlp) return mlp(job, isa, x, t, layer.mlp, h, experts, y);
-    for (int64_t i = 0; i < t * hidden; i++) y[i] = experts ? h[i] + experts[i] : h[i];
+    job.each(t, [&](int, int64_t token) {
+        for (int64_t i = token * hidden; i < (token + 1) * hidden; i++) y[i] = experts ? h[i] + experts[i] : h[i];
+    });
 }
 
 constexpr int64_t kRows = kBf16 + 1;  // a matrix in int8, row by row
@@ -135,8 +137,8 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 }
 
 // One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden], by the
-// tokens' ids where that is null -> y [t, hidden], bitwise as by the separate entries, and behind the last layer, unless
-// that is null, logits `out` [t, vocabulary]. With `experts` [t, hidden], the weighted sum of the first layer's, that
+// tokens' ids where that is null -> y [t, hidden], which may be h, bitwise as by the separate entries, up to the layer
+// `end`, and behind the last layer, unless that is null, logits `out` [t, vocabulary]. With `experts` [t, hidden], the weighted sum of the first layer's, that
 // layer only lacks its feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
 //
 // slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
@@ -147,13 +149,13 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 // DeepSeek-V4 has several residual streams: h and y are [t, streams, hidden], and post [t, streams] and comb [t,
 // streams, streams] say how a layer that waits for its experts mixes their sum in. seconds [4] is added to: attention,
 // routers, experts, and MLPs.
-EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const Tokens* tokens,
+EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t end, int64_t t, const float* h, const Tokens* tokens,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
                           const Record* record, const float* x_in, const float* experts, float* post, float* comb,
                           float* y, float* x, float* weights, int64_t* indices, int64_t* reached, float* out,
                           double* seconds) {
     const int64_t hidden = m->hidden, e = m->experts, top_k = m->router.top_k, wide = m->streams * hidden;
-    if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || record->hidden != hidden || !record->valid())
+    if (first < 0 || first >= end || end > m->layers || t < 1 || !m->router.valid(e) || record->hidden != hidden || !record->valid())
         return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (tokens->positions[token] < 0) return kBadArgument;
@@ -167,7 +169,6 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         for (int64_t token = 0; token < t; token++, table += 2 * m->pairs)
             rotations(float(at.positions[token]), m->frequencies, m->pairs, m->factor, table);
         int64_t* given = job.scratch<int64_t>(kGiven, t * top_k);
-        float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
         std::fill(seconds, seconds + 5, 0.0);
         auto marked = std::chrono::steady_clock::now();
         const auto mark = [&](int part) {
@@ -180,7 +181,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         const float* stream = h ? h : residual;  // the input of the next layer's attention
         if (!h && !(first == 0 && !experts && embed(isa, *m, at.ids, t, residual))) return kBadArgument;
         if (out && (m->streams > 1 || m->head.k != hidden || !m->head.valid())) return kBadArgument;
-        for (int64_t l = first; l < m->layers; l++) {
+        for (int64_t l = first; l < end; l++) {
             const Layer& layer = m->layer[l];
             const bool moe = layer.gate().n > 0;
             if (!layer.valid(at)) return kBadArgument;
@@ -224,6 +225,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                     *reached = l;
                     return kOk;
                 }
+                float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
                 experts_by_slot(job, isa, x, t, top_k, indices, layer_slots, slab, record_stride, *record, outs);
                 weighted_sum(job, isa, outs, weights, t, top_k, hidden, routed);
                 mark(2);
@@ -236,8 +238,8 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
             mark(3);
         }
         memcpy(y, residual, size_t(t * wide) * 4);
-        *reached = m->layers;
-        if (out) {
+        *reached = end;
+        if (out && end == m->layers) {
             norm_rows(job, isa, y, m->norm, t, hidden, m->eps, routed);
             multiply(job, isa, m->head, routed, t, out);
             mark(4);

@@ -57,14 +57,17 @@ void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t 
     if (a.key_normed > z) norm_rows(job, isa, keys, a.key_norm, t, a.key_normed, a.eps, keys);
 
     float* attended = job.scratch<float>(kLatentOut, t * a.heads * z);
-    Mla* mlas = job.scratch<Mla>(kMlas, count);
     const auto row_of = [&](int64_t i) { return store.at(i / groups, a.row + i % groups, positions[i / groups]); };
-    for (int64_t i = 0; i < count; i++) {
-        mlas[i] = mla_for_group(q + i * each * z, attended + i * each * z, row_of(i), each, positions[i / groups],
+    const auto mla_of = [&](int64_t i) {
+        Mla mla = mla_for_group(q + i * each * z, attended + i * each * z, row_of(i), each, positions[i / groups],
                                 a.window, store.row_bytes, z, a.scale);
-        if (a.sinks) mlas[i].sinks = a.sinks + i % groups * each;
-    }
-    give_buffers(job, mlas, count);
+        if (a.sinks) mla.sinks = a.sinks + i % groups * each;
+        return mla;
+    };
+    const bool few = t <= kFewTokens;  // then queries and sums go along with what is around them
+    Mla* mlas = few ? job.scratch<Mla>(kMlas, count) : nullptr;
+    for (int64_t i = 0; few && i < count; i++) mlas[i] = mla_of(i);
+    if (few) give_buffers(job, mlas, count);
     const auto turn = [&](float* head, int64_t normed, const float* weight, int64_t token) {
         if (normed == z && !a.norm_last) isa.rms_norm(head, weight, z, a.eps, head);
         rotate(head, tokens.table + token * a.p, a.p / 2, a.halves, head);
@@ -78,11 +81,14 @@ void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t 
         isa.store_latent(row, z, z, row_of(i));
         for (int64_t head = i * each; head < (i + 1) * each; head++)
             turn(q + head * z, a.query_normed, a.query_norm, i / groups);
-        isa.mla_queries(mlas[i], 0, each);
+        if (few) isa.mla_queries(mlas[i], 0, each);
     });
-    attend_by_spans(job, isa, mlas, count);
+    if (few)
+        attend_by_spans(job, isa, mlas, count);
+    else  // group by group, so that neighbours read the same rows
+        attend(job, isa, count, false, [&](int64_t i) { return mla_of(i % t * groups + i / t); });
     job.each(count * each, [&](int, int64_t i) {
-        isa.mla_merge(mlas[i / each], i % each, i % each + 1);
+        if (few) isa.mla_merge(mlas[i / each], i % each, i % each + 1);
         if (gates) isa.gated(attended + i * z, gates + i * z, z, attended + i * z);
     });
     leave(job, isa, a, a.out_bias, attended, t, h, y, x, logits);
