@@ -182,7 +182,7 @@ class Network:
         chunk.routed_TD = self.experts(*pending)
         if chunk.waits:  # with the residual stream alone
             runner.run_layers(chunk, self.experts, stop=chunk.layer + 1)
-        return True
+        return chunk.layer < len(self.layers)
 
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer, or of

@@ -23,7 +23,7 @@ FORBIDDEN = {
     "offload": ("slotmoe.tools",),
     "slotmoe": tuple(f"slotmoe.{folder}" for folder in FOLDERS),
 }
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 MAX_RUNTIME_METHODS = 20
 EXTRAS = {
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),

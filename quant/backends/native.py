@@ -42,6 +42,16 @@ from slotmoe.system import Placement
 _ENDED = 32  # rows whose logits a pass gives
 
 
+def _tokens_of(chunk: Chunk) -> tuple[list[SequenceState], list[int]]:
+    """The state and the position of each token of ``chunk``."""
+    caches, positions = list[SequenceState](), list[int]()
+    for cache, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
+        position = cache.length + before
+        caches += [cache] * count
+        positions += range(position, position + count)
+    return caches, positions
+
+
 class NativeDecoder:
     """Runs layers in one native call up to the first layer that lacks an expert, or if the chunk
     waits, to the next layer that has some.  See ``slotmoe.quant.backends.base.Runner``.
@@ -80,8 +90,6 @@ class NativeDecoder:
         shape, kind or place than the layers', ``ValueError`` for a slab or window too small."""
         layers, first, x_TD = self._layers, chunk.layer, chunk.x_TD
         stop = self._count if stop is None else stop
-        if first == stop:
-            return None
         table = experts.slot_table()
         resumed = x_TD is not None
         assert 0 <= first < stop <= self._count
@@ -92,11 +100,7 @@ class NativeDecoder:
         if chunk.waits:
             slots_ME, asked = self._no_slots_ME, min(asked, 1)
         # A call stores all latents of a layer before any token attends to them.
-        caches, positions = list[SequenceState](), list[int]()
-        for cache, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
-            caches += [cache] * count
-            position = cache.length + before
-            positions += range(position, position + count)
+        caches, positions = _tokens_of(chunk)
         T = len(positions)
         if chunk.ids_T is not self._ids[0]:
             self._ids = chunk.ids_T, address(chunk.ids_T, torch.int64, T)
