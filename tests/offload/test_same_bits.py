@@ -130,6 +130,15 @@ WAYS_OF_KINDS = [
 
 
 @needs_native
+@pytest.mark.parametrize("slots", [None, 9])
+def test_a_pass_in_many_chunks_has_the_bits_of_one_chunk(export, of_all, monkeypatch, slots):
+    monkeypatch.setattr("slotmoe.offload.engine.loading.PREFILL_CHUNK", 7)
+    with of_kind(export, slots=slots, sequences=3) as runtime:
+        assert torch.equal(runtime.logits(LONG), of_all[0])
+        assert three_texts(runtime) == of_all[1]
+
+
+@needs_native
 @pytest.mark.parametrize("way", WAYS_OF_KINDS, ids=str)
 def test_same_bits_in_every_way(export, of_all, always_guessing, eager, way):
     lacks = {"ngram": ("v4-odd",), "mtp": ("odd", "gpt-oss", "glm-5", "dots", "next", "kimi")}
