@@ -143,14 +143,14 @@ class Network:
             self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
-        has_room = self.backend.decodes_all and not any(state.rolls for state in states)
+        has_room = self.backend.decodes_all and self.config.delta is None
         if self._decoder and (few or has_room):
             runner, size = self._decoder, min(size, self.rows)
         embeds = runner is self._decoder and self.backend.embeds
         if h_TD is None:
             unread = embeds and size >= T
             h_TD = self._unread_0D if unread else self.backend.embed(ids_T, self.embed_tokens)
-            if self.config.hyper is not None and not embeds:
+            if self.config.hyper is not None and not unread:
                 h_TD = h_TD.repeat(1, self.config.hyper.mult)
         chunks, ends = list[Chunk](), [*accumulate(counts, initial=0)]
         for start in range(0, T, size):

@@ -60,28 +60,44 @@ class Tail:
         """The rows of the L layers from ``layer`` on, [L, S, ...], up to those of some tokens of
         the pass from ``position`` on, which are ``new``, and the position of the first of them."""
         layers, count = slice(layer, layer + len(new_LTX)), new_LTX.shape[1]
-        start, end = position - self.first, position + count
-        if self._next == self.first:
-            rows, first = self.rows[layers, : end - self.first], self.first
-            rows[:, start:] = new_LTX
-        else:
-            begins = position == self._length
-            before = self.rows[layers, :start] if begins else self._before.pop(layer)
-            rows = torch.cat([before[:, -self._keep :], new_LTX], dim=1)
-            first, stop = end - rows.shape[1], end - self._next
-            stays = min(count, max(0, stop - self._keep))
-            self.rows[layers, stop - stays : stop] = new_LTX[:, count - stays :]
+        rows_LSX = torch.cat([self.before(layers, position), new_LTX], dim=1)
+        self.append(layers, position + count, count, rows_LSX)
+        return rows_LSX, position + count - rows_LSX.shape[1]
+
+    def before(self, layers: slice, position: int) -> Tensor:
+        """The last rows of these layers before ``position`` of the pass, [L, S, ...]."""
+        if self._rolls and position > self._length:
+            return self._before.pop(layers.start)
+        rows_LSX = self.rows[layers, : position - self.first]
+        return rows_LSX[:, -self._keep :] if self._rolls else rows_LSX
+
+    def append(self, layers: slice, end: int, count: int, rows_LSX: Tensor) -> None:
+        """Take over ``count`` tokens of the pass, up to position ``end``: ``rows`` of these layers
+        are what ``before`` gave, and theirs."""
+        first, places_first = end - rows_LSX.shape[1], self.first
+        stays = count
+        if self._rolls:  # behind the rows that were there before the pass
+            places_first = self._next
+            stays = min(count, max(0, end - self._next - self._keep))
             if end < self._end:
-                self._before[layer] = rows[:, -self._keep :].clone()
-        for at in [at for at in self._marked if position < at <= end]:
-            self._mark(at)[layers] = rows[:, at - first - self.needed(at) : at - first]
-        return rows, first
+                self._before[layers.start] = rows_LSX[:, -self._keep :].clone()
+        places = slice(end - stays - places_first, end - places_first)
+        self.rows[layers, places] = rows_LSX[:, rows_LSX.shape[1] - stays :]
+        for mark in self._marked:
+            if end - count < mark <= end:
+                needed = self.needed(mark)
+                self._mark(mark)[layers] = rows_LSX[:, mark - needed - first : mark - first]
+
+    @property
+    def _rolls(self) -> bool:
+        """Whether the pass has more rows than there is room for behind those before it."""
+        return self._next > self.first
 
     def done(self) -> None:
         """The pass has gone through all layers."""
         for at in self._marked:  # a decoder has appended the rows by itself
             self.mark(at)
-        if self._next > self.first:
+        if self._rolls:
             self.first, self._valid = self._next, self._next + self._keep
 
     def has(self, length: int) -> bool:

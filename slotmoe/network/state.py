@@ -18,7 +18,7 @@ Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compr
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,10 @@ class SequenceState:
     def rolls(self) -> bool:
         """Whether some of its rows make room for those of later tokens."""
         return bool(self._tails)
+
+    def windows(self, layer: int) -> Mapping[str, tuple[Tail, slice]]:
+        """Return the layer's windows by what their rows are of, each with its layers in it."""
+        return {}
 
     @property
     def used_bytes(self) -> int:
@@ -295,6 +299,17 @@ class CompressedCache(SequenceState):
                 self.index = group(ratio, keys, True)
         groups = [*self.groups.values(), *([self.index] if self.index else [])]
         super().__init__(room, groups, [self.window, *(group.open for group in groups)])
+        self._ratios = ratios
+
+    def windows(self, layer: int) -> Mapping[str, tuple[Tail, slice]]:
+        windows = {"rows": (self.window, slice(layer, layer + 1))}
+        if ratio := self._ratios[layer]:
+            row = self.row_of[layer]
+            group = self.groups[ratio]
+            windows[f"open {ratio}"] = group.open, slice(row, row + 1)
+            if group.overlaps and self.index is not None:
+                windows["open index"] = self.index.open, slice(row, row + 1)
+        return windows
 
 
 class GroupedCache(SequenceState):
@@ -319,6 +334,13 @@ class GroupedCache(SequenceState):
         self.window = tails[0] if tails else None
         self.rows = kept[0].rows if kept else room.new(1, 1, width, width)[:0]
         super().__init__(room, kept, tails)
+
+    def windows(self, layer: int) -> Mapping[str, tuple[Tail, slice]]:
+        if self._windows[layer] <= 0:
+            return super().windows(layer)
+        assert self.window is not None
+        row = self._row_of[layer]
+        return {"keys": (self.window, slice(row, row + self._groups))}
 
     def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:
         """The rows of the layer's groups, [G, S, X], up to those of some tokens of the pass from

@@ -121,6 +121,7 @@ struct Group {
     const float* table;  // [t, p / 2] complex: rotates the row that a token completes
 };
 constexpr int64_t kGroups = 3;
+constexpr int64_t kFewTokens = 64;  // whose attention holds the sums of all spans at once
 
 // Of a token's sequence: which of two states is that behind the first `at` tokens. The other becomes that behind the
 // first `end`, at most all.

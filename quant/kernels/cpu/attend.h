@@ -5,7 +5,6 @@
 namespace slotmoe {
 
 constexpr int64_t kMostSpans = 16;
-constexpr int64_t kFewTokens = 64;  // whose attention holds the sums of all spans at once
 
 // What a query q [heads, r + p] over `context` rows needs; the split into spans follows from the context alone.
 inline Mla mla_for(const float* q, float* out, const uint8_t* cache, int64_t heads, int64_t context, int64_t stride,

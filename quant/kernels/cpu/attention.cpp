@@ -274,10 +274,57 @@ bool Attention::valid(const Tokens& tokens) const {
     return !gate.n || gate.valid();
 }
 
+namespace {
+
+constexpr int64_t kAbsorbedTokens = 128;  // whose queries are in the cache's columns at once
+
+// `count` tokens from `first` on: q [count, heads, n + p], which is overwritten -> values [count, heads, v].
+void attend_absorbed(Job& job, const Isa& isa, const Attention& a, const Tokens& tokens, int64_t first, int64_t count,
+                     float* q, float* values) {
+    const int64_t *positions = tokens.positions + first, heads = a.heads, n = a.n, p = a.p, r = a.r;
+    const float *table = tokens.table + first * p, *query_scale = tokens.query_scale;
+    const int64_t width = r + p, q_columns = heads * (n + p);
+    float* q_full = job.scratch<float>(kQueryFull, count * heads * width);
+    float* latent_out = job.scratch<float>(kLatentOut, count * heads * r);
+    const auto mla_of = [&](int64_t token) {
+        const bool chosen = a.topk && positions[token] + 1 > a.topk;
+        const int64_t context = chosen ? a.topk : positions[token] + 1;
+        Mla mla = mla_for(q_full + token * heads * width, latent_out + token * heads * r,
+                          tokens.rows.at(first + token, a.row, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
+        if (chosen) mla.list = tokens.lists + (first + token) * a.topk;
+        return mla;
+    };
+    const bool few = count <= kFewTokens;  // then queries and sums go along with the heads' products
+    Mla* mlas = few ? job.scratch<Mla>(kMlas, count) : nullptr;
+    for (int64_t token = 0; few && token < count; token++) mlas[token] = mla_of(token);
+    if (few) give_buffers(job, mlas, count);
+    const Absorption absorbed{job, isa, *a.kv_b, false, q, n + p, count, q_full, width};
+    job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t token = 0; query_scale && token < count; token++)
+            for (int64_t i = begin * (n + p); i < end * (n + p); i++)
+                q[token * q_columns + i] *= query_scale[first + token];
+        absorbed.run(thread, begin * absorbed.groups, end * absorbed.groups);
+        for (int64_t token = 0; token < count; token++) {
+            for (int64_t head = begin; head < end; head++)
+                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, a.halves,
+                       q_full + (token * heads + head) * width + r);
+            if (few) isa.mla_queries(mlas[token], begin, end);
+        }
+    });
+    few ? attend_by_spans(job, isa, mlas, count) : attend(job, isa, count, false, mla_of);
+    const Absorption of_values{job, isa, *a.kv_b, true, latent_out, r, count, values, a.v};
+    job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t token = 0; few && token < count; token++) isa.mla_merge(mlas[token], begin, end);
+        of_values.run(thread, begin * of_values.groups, end * of_values.groups);
+    });
+}
+
+}  // namespace
+
 void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h,
                         const Tokens& tokens, float* y, float* x, float* logits) {
     const int64_t* positions = tokens.positions;
-    const float *table = tokens.table, *query_scale = tokens.query_scale;
+    const float* table = tokens.table;
     const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p;
     const int64_t q_columns = heads * (n + p);
     float* q = job.scratch<float>(kQuery, t * q_columns);
@@ -291,45 +338,16 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
     }
     if (a.indexer) index_tokens(job, isa, a, t, x, q_in, tokens);
 
-    float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
-    float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
-    const auto mla_of = [&](int64_t token) {
-        const bool chosen = a.topk && positions[token] + 1 > a.topk;
-        const int64_t context = chosen ? a.topk : positions[token] + 1;
-        Mla mla = mla_for(q_full + token * heads * width, latent_out + token * heads * r,
-                          tokens.rows.at(token, a.row, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
-        if (chosen) mla.list = tokens.lists + token * a.topk;
-        return mla;
-    };
-    const bool few = t <= kFewTokens;  // then queries and sums go along with the heads' products
-    Mla* mlas = few ? job.scratch<Mla>(kMlas, t) : nullptr;
-    for (int64_t token = 0; few && token < t; token++) mlas[token] = mla_of(token);
-    if (few) give_buffers(job, mlas, t);
     float* values = job.scratch<float>(kValues, t * heads * v);
-
     job.each(t, [&](int, int64_t token) {
         float* row = rows + token * width;
         isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
         rotate(row + r, table + token * p, p / 2, a.halves, row + r);
         isa.store_latent(row, r, p, tokens.rows.at(token, a.row, positions[token]));
     });
-    const Absorption absorbed{job, isa, *a.kv_b, false, q, n + p, t, q_full, width};
-    job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t token = 0; query_scale && token < t; token++)
-            for (int64_t i = begin * (n + p); i < end * (n + p); i++) q[token * q_columns + i] *= query_scale[token];
-        absorbed.run(thread, begin * absorbed.groups, end * absorbed.groups);
-        for (int64_t token = 0; token < t; token++) {
-            for (int64_t head = begin; head < end; head++)
-                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, a.halves,
-                       q_full + (token * heads + head) * width + r);
-            if (few) isa.mla_queries(mlas[token], begin, end);
-        }
-    });
-    few ? attend_by_spans(job, isa, mlas, t) : attend(job, isa, t, false, mla_of);
-    const Absorption of_values{job, isa, *a.kv_b, true, latent_out, r, t, values, v};
-    job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t token = 0; few && token < t; token++) isa.mla_merge(mlas[token], begin, end);
-        of_values.run(thread, begin * of_values.groups, end * of_values.groups);
-    });
+    for (int64_t first = 0; first < t; first += kAbsorbedTokens) {
+        const int64_t count = t - first < kAbsorbedTokens ? t - first : kAbsorbedTokens;
+        attend_absorbed(job, isa, a, tokens, first, count, q + first * q_columns, values + first * heads * v);
+    }
     leave(job, isa, a, nullptr, values, t, h, y, x, logits);
 }

@@ -312,17 +312,22 @@ def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
 def compressed_rows(
     groups: Sequence[Group], positions: Sequence[int], shape: GroupShape
 ) -> tuple[object, ...]:
-    """Compressed rows of tokens' sequences and their open tokens', float32 [layers, tokens, 2,
-    columns].  Raises `ValueError`."""
+    """Compressed rows of tokens' sequences."""
+    last = [max(0, (at + 1) // shape.ratio - 1) for at in positions]
+    rows = Store(shape.layers, latent_bytes(shape.width, 0))
+    return rows.bound([group.rows for group in groups], last)
+
+
+def open_rows(
+    groups: Sequence[Group], positions: Sequence[int], shape: GroupShape
+) -> tuple[object, ...]:
+    """Rows of their open tokens, float32 [layers, tokens, 2, columns].  Raises `ValueError`."""
     tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
     begins = [tail.first for tail in tails]
     for at, first in zip(positions, begins, strict=True):
         count = ratio * windows if (at + 1) % ratio == 0 else 1
         if max(0, at + 1 - count) < first:
             raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
-    last = [max(0, (at + 1) // ratio - 1) for at in positions]
-    rows = Store(shape.layers, latent_bytes(shape.width, 0))
     opened = Store(shape.layers, 8 * shape.width * windows)
     flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
-    held = rows.bound([group.rows for group in groups], last)
-    return *held, *opened.bound(flat, positions, begins)
+    return opened.bound(flat, positions, begins)

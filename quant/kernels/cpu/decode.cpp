@@ -11,6 +11,8 @@ using namespace slotmoe;
 
 namespace {
 
+constexpr size_t kTrimmedBytes = 1 << 20;  // a long pass leaves no larger buffer: its experts need the memory
+
 constexpr float kTaken = -INFINITY;  // what is chosen already, or may not be; the others are finite
 
 int64_t best_of(const float* choice, int64_t n) {  // the first where several are
@@ -184,7 +186,6 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t end, int64_t t,
         for (int64_t l = first; l < end; l++) {
             const Layer& layer = m->layer[l];
             const bool moe = layer.gate().n > 0;
-            if (!layer.valid(at)) return kBadArgument;
             if (layer.mlp && !layer.mlp->valid()) return kBadArgument;
             if (l == first && experts) {
                 finish(job, isa, layer, x_in, t, hidden, h, experts, post, comb, residual);
@@ -193,6 +194,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t end, int64_t t,
                 mark(3);
                 continue;
             }
+            if (!layer.valid(at)) return kBadArgument;
             if (layer.attention)
                 attention(job, isa, *layer.attention, t, stream, at, attended, x, logits);
             else if (layer.grouped)
@@ -223,6 +225,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t end, int64_t t,
                 if (!present) {
                     memcpy(y, attended, size_t(t * wide) * 4);
                     *reached = l;
+                    if (t > kFewTokens) job.trim(kTrimmedBytes);
                     return kOk;
                 }
                 float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
@@ -239,6 +242,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t end, int64_t t,
         }
         memcpy(y, residual, size_t(t * wide) * 4);
         *reached = end;
+        if (t > kFewTokens) job.trim(kTrimmedBytes);
         if (out) {
             norm_rows(job, isa, y, m->norm, t, hidden, m->eps, routed);
             multiply(job, isa, m->head, routed, t, out);

@@ -245,6 +245,15 @@ void* Job::scratch_bytes(int slot, size_t bytes) {
     return pool_->buffer[slot];
 }
 
+void Job::trim(size_t most) {
+    for (int slot = 0; slot < kScratchSlots; slot++) {
+        if (pool_->size[slot] <= most) continue;
+        ::operator delete(pool_->buffer[slot], std::align_val_t(64));
+        pool_->buffer[slot] = nullptr;
+        pool_->size[slot] = 0;
+    }
+}
+
 void set_threads(int threads) { wanted_threads.store(threads < 1 ? 1 : threads > kMaxThreads ? kMaxThreads : threads); }
 
 int get_threads() { return wanted_threads.load(); }

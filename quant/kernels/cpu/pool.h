@@ -60,6 +60,9 @@ public:
         return static_cast<T*>(scratch_bytes(slot, size_t(count) * sizeof(T)));
     }
 
+    // Gives back the buffers that are larger than `most` bytes; others stay for the next job.
+    void trim(size_t most);
+
 private:
     void run(PhaseFn fn, void* context, int64_t count);
     void* scratch_bytes(int slot, size_t bytes);
