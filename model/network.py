@@ -12,7 +12,7 @@ layers.
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import add
 from typing import Any, TypeAlias
 
@@ -86,6 +86,20 @@ class Positions:
         return chunk
 
 
+def _chunk_bounds(states: States, counts: Sequence[int], size: int) -> list[int]:
+    """Return where chunks of at most ``size`` tokens of a pass begin, and its end: each ends where
+    a state can be marked.  ``counts`` are tokens of each state's sequence."""
+    cuts, first = set[int](), 0
+    for state, count in zip(states, counts, strict=True):
+        cuts.update(first + length - state.length for length in state.cuts(count))
+        first += count
+    bounds = [0]
+    for cut in sorted({*cuts, first}):
+        while bounds[-1] < cut:
+            bounds.append(min(bounds[-1] + size, cut))
+    return bounds
+
+
 class Network:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors.  A long pass goes through each
@@ -143,20 +157,21 @@ class Network:
             self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         few = min(self.rows, size) >= T and T - len(states) <= _FEW
-        has_room = self.backend.decodes_all and self.config.delta is None
-        if self._decoder and (few or has_room):
+        if self._decoder and (few or self.backend.decodes_all):
             runner, size = self._decoder, min(size, self.rows)
-        embeds = runner is self._decoder and self.backend.embeds
+        decodes = runner is self._decoder
+        bounds = [0, T] if decodes and few else _chunk_bounds(states, counts, size)
+        embeds = decodes and self.backend.embeds
         if h_TD is None:
-            unread = embeds and size >= T
+            unread = embeds and len(bounds) == 2
             h_TD = self._unread_0D if unread else self.backend.embed(ids_T, self.embed_tokens)
             if self.config.hyper is not None and not unread:
                 h_TD = h_TD.repeat(1, self.config.hyper.mult)
         chunks, ends = list[Chunk](), [*accumulate(counts, initial=0)]
-        for start in range(0, T, size):
+        for start, stop in pairwise(bounds):
             of: Sequence[Any] = states, [0] * len(states), counts
             h_CD, ids_C = h_TD, ids_T
-            if (stop := min(start + size, T)) - start < T:
+            if stop - start < T:
                 h_CD, ids_C = h_TD[start:stop], ids_T[start:stop]
                 parts = [  # a sequence, its tokens before this chunk, and those in it
                     (state, max(start, first) - first, min(end, stop) - max(start, first))

@@ -90,15 +90,21 @@ class DeltaAttention:
         for state, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
             cache, position = state.deltas, state.length + before
             assert cache is not None
-            layer, done = cache.of[chunk.layer], start - position  # z's row of position 0
+            layer = cache.of[chunk.layer]
             new_1TX = rows_TX[None, start : start + count]
             (rows_SX,), first = cache.inputs.extend(layer, position, new_1TX)
-            for step in cache.states.steps(layer, position, position + count):
-                past = min(CONVOLVED - 1, step.at)
-                read_SX = rows_SX[step.at - past - first : step.stop - first]
-                rows = DeltaRows(read_SX, past, step.before, step.after, step.folds - step.at)
-                z_SX = z_TX[done + max(position, step.at) : done + step.stop]
-                outputs.append(backend.delta(rows, z_SX, w, g.delta, g.eps))
+            fold = cache.states.fold(position, position + count)
+            past = min(CONVOLVED - 1, fold.at)
+            rows = DeltaRows(
+                rows_SX[fold.at - past - first :],
+                past,
+                before_HKV=cache.states.rows[layer, fold.read],
+                after_HKV=cache.states.rows[layer, fold.write],
+                folded=fold.end - fold.at,
+            )
+            z_SX = z_TX[start : start + count]
+            outputs.append(backend.delta(rows, z_SX, w, g.delta, g.eps))
+            state.through(chunk.layer, position + count)
             start += count
         o_TX = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return backend.linear(o_TX, w.out_proj)

@@ -6,8 +6,8 @@ Shapes: T tokens, M MoE layers, E routed experts, X all columns of a residual st
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
-from operator import add, attrgetter
+from itertools import accumulate
+from operator import attrgetter, sub
 from typing import ClassVar, cast
 
 import torch
@@ -46,6 +46,12 @@ def _tokens_of(chunk: Chunk) -> tuple[list[SequenceState], list[int]]:
         caches += [cache] * count
         positions += range(position, position + count)
     return caches, positions
+
+
+def _ends_of(chunk: Chunk) -> list[int]:
+    """The position behind each sequence's tokens in ``chunk``."""
+    parts = zip(chunk.caches, chunk.before, chunk.counts, strict=True)
+    return [cache.length + before + count for cache, before, count in parts]
 
 
 def _bind(staged: Mapping[str, StagedRows], name: str) -> tuple[object, ...]:
@@ -108,10 +114,14 @@ class NativeDecoder:
             return self._run(chunk, experts, stop)
         assert chunk.layer < stop
         while chunk.layer < stop:  # one by one: the windows of a layer are staged
+            layer = chunk.layer
             staged = self._stage(chunk) if chunk.x_TD is None else {}
             pending = self._run(chunk, experts, chunk.layer + 1, staged)
             for rows in staged.values():
                 rows.take_over()
+            if staged:
+                for cache, end in zip(chunk.caches, _ends_of(chunk), strict=True):
+                    cache.through(layer, end)
             if pending is not None:
                 return pending
         return None
@@ -119,8 +129,7 @@ class NativeDecoder:
     def _stage(self, chunk: Chunk) -> Mapping[str, StagedRows]:
         """The windows of the chunk's layer, with room for its tokens."""
         windows = [cache.windows(chunk.layer) for cache in chunk.caches]
-        lengths = [cache.length for cache in chunk.caches]
-        begins = [*map(add, lengths, chunk.before)]
+        begins = [*map(sub, _ends_of(chunk), chunk.counts)]
         staged = dict[str, StagedRows]()
         for name, (_, layers) in windows[0].items():
             of_sequences = [window[name][0] for window in windows]
@@ -229,7 +238,7 @@ class NativeDecoder:
             lists = address(chunk.lists_TL, torch.int32, T, topk)
         scale = chunk.query_scale_T
         scaled = None if scale is None else address(scale, torch.float32, T)
-        delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
+        delta = self._delta(chunk, states, positions, staged)
         return self._bound(positions, scaled, *rows, *keys, lists, self._ids[1], None, *delta)
 
     def _bound(self, positions: list[int], *given: object) -> ctypes.Structure:
@@ -293,22 +302,36 @@ class NativeDecoder:
         elif self._layers.keys[0]:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
-        delta = self._delta(states, positions) if self._layers.inputs[0] else NO_DELTA
+        delta = self._delta(chunk, states, positions, staged)
         return self._bound(positions, None, *rows, *keys, None, self._ids[1], None, *delta)
 
-    def _delta(self, states: Sequence[SequenceState], positions: list[int]) -> tuple[object, ...]:
-        """Each token's inputs of delta rules, and their states.  Raises `ValueError`."""
+    def _delta(
+        self,
+        chunk: Chunk,
+        states: Sequence[SequenceState],
+        positions: list[int],
+        staged: Mapping[str, StagedRows] | None,
+    ) -> tuple[object, ...]:
+        """Each token's inputs of delta rules, if there are some, and their states.  Raises
+        `ValueError`."""
+        if not self._layers.inputs[0]:
+            return NO_DELTA
         caches = [state.deltas for state in states if state.deltas is not None]
         tails, own = [cache.inputs for cache in caches], [cache.states for cache in caches]
         firsts = [tail.first for tail in tails]
+        folds = list[int]()
+        for cache, end, count in zip(chunk.caches, _ends_of(chunk), chunk.counts, strict=True):
+            assert cache.deltas is not None
+            folds += [*cache.deltas.states.fold(end - count, end)] * count
+        reads = folds[1::4]
+        held = self._states.bound([state.rows for state in own], reads)
+        if staged is not None:
+            return *_bind(staged, "inputs"), *held, int64s(folds)
         for state, first in zip(own, firsts, strict=True):
             if state.at - min(state.at, CONVOLVED - 1) < first:
                 raise ValueError(f"inputs begin at {first}, but the state is of {state.at} tokens")
-        reads = [state.read for state in own]
         inputs = self._inputs.bound([tail.rows for tail in tails], positions, firsts)
-        folds = chain.from_iterable((state.at, state.read, state.folds) for state in own)
-        held = self._states.bound([state.rows for state in own], reads)
-        return *inputs, *held, int64s([*folds])
+        return *inputs, *held, int64s(folds)
 
     def _last(
         self, store: Store, windows: Sequence[Tail], positions: list[int]

@@ -7,7 +7,7 @@ Shapes: L layers, S rows, T tokens, X elements of a row; of a delta rule, H head
 values of a key and of a value.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,15 +135,14 @@ class Tail:
         self.first = self._valid = length - self.needed(length)
 
 
-class Step(NamedTuple):
-    """Tokens to be folded: ``before``, [H, K, V], has the first ``at``, and those up to ``stop``
-    come; ``after`` is for the state of the first ``folds``."""
+class Fold(NamedTuple):
+    """Of a layer's two states ``read`` has the first ``at`` tokens; ``write``, which may be the
+    same, becomes that of the first ``end``."""
 
-    before: Tensor
     at: int
-    stop: int
-    after: Tensor
-    folds: int
+    read: int
+    write: int
+    end: int
 
 
 class Folded(Tail):
@@ -179,18 +178,17 @@ class Folded(Tail):
         usable = [at for at in self.exact if 0 <= at <= length and self.inputs.has(at)]
         return max(usable, default=-1)
 
-    def steps(self, layer: int, position: int, end: int) -> Iterator[Step]:
-        """How the pass's tokens from ``position`` to ``end`` are folded, which the caller does one
-        step after the other."""
-        after = self.rows[layer, 1 - self.read]
-        before, at = self.rows[layer, self.read], self.at
-        if position > self._length:
-            before, at = after, position
-        for stop in (*(mark for mark in self._marked if at < mark < end), end):
-            yield Step(before, at, stop, after, min(stop, self.folds))
-            if stop < end:
-                self._mark(stop)[layer] = after
-            before, at = after, stop
+    def fold(self, position: int, end: int) -> Fold:
+        """How the pass's tokens from ``position`` to ``end`` are folded; no mark is among them."""
+        fold_end = min(end, self.folds)
+        if position > self._length:  # behind the tokens of the pass that are folded already
+            return Fold(position, 1 - self.read, 1 - self.read, fold_end)
+        return Fold(self.at, self.read, 1 - self.read, fold_end)
+
+    def through(self, layer: int, end: int) -> None:
+        """The pass's tokens up to ``end`` have been through a layer."""
+        if end in self._marked and end <= self.folds:
+            self._mark(end)[layer] = self.rows[layer, 1 - self.read]
 
     def done(self) -> None:
         self.exact[1 - self.read] = self.folds
@@ -228,3 +226,14 @@ class Deltas:
         self.inputs = Tail(rows, lambda length: min(length, most))
         self.states = Folded(empty((layers, 2, *heads), torch.float32), self.inputs)
         self.of = [windows[:layer].count(-1) for layer in range(len(windows))]
+        self._layers = {layer for layer, window in enumerate(windows) if window == -1}
+
+    def windows(self, layer: int) -> Mapping[str, tuple[Tail, slice]]:
+        """``SequenceState.windows``."""
+        row = self.of[layer]
+        return {"inputs": (self.inputs, slice(row, row + 1))} if layer in self._layers else {}
+
+    def through(self, layer: int, end: int) -> None:
+        """``SequenceState.through``."""
+        if layer in self._layers:
+            self.states.through(self.of[layer], end)

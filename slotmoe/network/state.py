@@ -107,7 +107,20 @@ class SequenceState:
 
     def windows(self, layer: int) -> Mapping[str, tuple[Tail, slice]]:
         """Return the layer's windows by what their rows are of, each with its layers in it."""
-        return {}
+        return {} if self.deltas is None else self.deltas.windows(layer)
+
+    def cuts(self, count: int) -> range:
+        """Positions behind which a chunk of a pass over ``count`` tokens ends at the latest, so
+        that a state can be marked there."""
+        if self.deltas is None:
+            return range(0)
+        return self._places.between(self.length, self.length + count)
+
+    def through(self, layer: int, end: int) -> None:
+        """The pass's tokens up to position ``end``, where a chunk ends, have been through a layer,
+        attention at least."""
+        if self.deltas is not None:
+            self.deltas.through(layer, end)
 
     @property
     def used_bytes(self) -> int:

@@ -69,7 +69,7 @@ int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int64_t, int64_t,
                   float*, int64_t*);
-int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
+int slotmoe_decode(const Model*, int64_t, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
                    const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*,
                    float*, float*, float*,
                    float*, float*, int64_t*, int64_t*, float*, double*);
@@ -265,7 +265,7 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
             int64_t reached = -1;
             const Tokens tokens{positions.data(), table, t > 1 ? scales.p : nullptr,
                                 {caches.data(), nullptr, layer, stride}, {}, nullptr};
-            check(slotmoe_decode(&model, first, t, h, &tokens, slots, slab, count, apart, &record,
+            check(slotmoe_decode(&model, first, model.layers, t, h, &tokens, slots, slab, count, apart, &record,
                                  first ? sum.p : nullptr, first ? sum.p : nullptr, nullptr,
                                  nullptr, y, x, weights,
                                  indices, &reached, nullptr, seconds));
@@ -340,7 +340,7 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
     double seconds[5] = {};
     for (int64_t e = 0; e < experts; e++) slots[e] = 0;
     int64_t reached = -1;
-    check(slotmoe_decode(&model, 0, 1, h, &tokens, slots, slab, 1, apart, &record, nullptr, nullptr,
+    check(slotmoe_decode(&model, 0, model.layers, 1, h, &tokens, slots, slab, 1, apart, &record, nullptr, nullptr,
                          post, comb, y, x, weights, indices, &reached, nullptr, seconds));
     if (reached != 1) check(int(10 + reached));
 }
@@ -387,7 +387,7 @@ static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t po
     double seconds[5] = {};
     for (int64_t e = 0; e < experts; e++) slots[e] = 0;
     int64_t reached = -1;
-    check(slotmoe_decode(&model, 0, t, nullptr, &tokens, slots, slab, 1, 64, &record, nullptr,
+    check(slotmoe_decode(&model, 0, model.layers, t, nullptr, &tokens, slots, slab, 1, 64, &record, nullptr,
                          nullptr, nullptr, nullptr, y, x, weights, indices, &reached, logits, seconds));
     if (reached != 2) check(int(10 + reached));
 }
@@ -420,7 +420,7 @@ static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v
             *kept[] = {reinterpret_cast<uint8_t*>(states.p), reinterpret_cast<uint8_t*>(states.p),
                        reinterpret_cast<uint8_t*>(others.p)};
     const int64_t firsts[] = {folded - past, folded - past, 0}, at[] = {position, position + 1, 0};
-    const Fold folds[] = {{folded, 1, position + 2}, {folded, 1, position + 2}, {0, 0, 1}};
+    const Fold folds[] = {{folded, 1, 0, position + 2}, {folded, 1, 0, position + 2}, {0, 0, 1, 1}};
     const Tokens tokens{at, table, nullptr, {}, {}, nullptr, nullptr, nullptr,
                         {inputs, firsts, 0, 4 * wide}, {kept, nullptr, 0, 4 * state}, folds, {}};
     Floats h(t * hidden), y(t * hidden), x(2 * t * hidden), weights(t * 2);
@@ -429,7 +429,7 @@ static void delta(int64_t kind, int64_t keys, int64_t each, int64_t k, int64_t v
     double seconds[5] = {};
     for (int64_t e = 0; e < 4; e++) slots[e] = 0;
     int64_t reached = -1;
-    check(slotmoe_decode(&model, 0, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
+    check(slotmoe_decode(&model, 0, model.layers, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
                          nullptr, nullptr, y, x, weights, indices, &reached, nullptr, seconds));
     if (reached != 1) check(int(10 + reached));
     const int64_t count = 67 + past, asked = count - past - 1;

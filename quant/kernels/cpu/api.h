@@ -123,10 +123,10 @@ struct Group {
 constexpr int64_t kGroups = 3;
 constexpr int64_t kFewTokens = 64;  // whose attention holds the sums of all spans at once
 
-// Of a token's sequence: which of two states is that behind the first `at` tokens. The other becomes that behind the
-// first `end`, at most all.
+// Of a token's sequence: state `read` of two is that behind the first `at` tokens, and `write`, which may be the same,
+// becomes that behind the first `end`, if there are so many.
 struct Fold {
-    int64_t at, read, end;
+    int64_t at, read, write, end;
 };
 
 // Where t tokens stand, and what their sequences keep.

@@ -128,24 +128,36 @@ void slotmoe::delta_layer(Job& job, const Isa& isa, const Delta& a, int64_t t, c
                    {job, isa, by_latents ? a.a_latent : a.a, x, t, by_latents ? of_a : steps, nullptr, kOuts, kParts}});
     if (by_latents)
         multiply(job, {{job, isa, a.z, of_z, t, z}, {job, isa, a.a, of_a, t, steps, nullptr, kAct, kActFactor}});
-    DeltaSpan* spans = job.scratch<DeltaSpan>(kDeltaSpans, t);
-    int64_t count = 0;
     for (int64_t i = 0; i < t; i++) {
-        const int64_t position = tokens.positions[i];
-        float* to = row(tokens.inputs, i, position);
+        float* to = row(tokens.inputs, i, tokens.positions[i]);
         memcpy(to, qkv + i * columns, size_t(columns) * 4);
         memcpy(to + columns, b + i * heads, size_t(heads) * 4);
         memcpy(to + columns + heads, steps + i * decays, size_t(decays) * 4);
-        const auto [at, read, end] = tokens.folds[i];
-        if (!i || tokens.states.start[i] != tokens.states.start[i - 1]) {
-            const int64_t past = at < kTaps - 1 ? at : kTaps - 1;
-            spans[count++] = {past + position - at, past, end - at, 0, row(tokens.inputs, i, at - past),
-                              row(tokens.states, i, read), row(tokens.states, i, 1 - read)};
-        }
-        spans[count - 1].rows++, spans[count - 1].outs++;
     }
     float* out = job.scratch<float>(kLatentOut, t * values);
-    delta_rule(job, isa, a, spans, count, z, out);
+    for (int64_t first = 0; first < t; first += kPiece) {
+        DeltaSpan* spans = job.scratch<DeltaSpan>(kDeltaSpans, kPiece);
+        const int64_t last = t - first < kPiece ? t : first + kPiece;
+        int64_t count = 0;
+        for (int64_t i = first; i < last; i++) {
+            const int64_t position = tokens.positions[i];
+            const bool follows = i && tokens.states.start[i] == tokens.states.start[i - 1];
+            if (!follows || i == first) {
+                Fold fold = tokens.folds[i];
+                if (follows) fold = {position, fold.write, fold.write, fold.end};  // behind the piece before
+                const int64_t past = fold.at < kTaps - 1 ? fold.at : kTaps - 1;
+                spans[count++] = {past + position - fold.at, past, fold.end - fold.at, 0,
+                                  row(tokens.inputs, i, fold.at - past), row(tokens.states, i, fold.read),
+                                  row(tokens.states, i, fold.write)};
+            }
+            spans[count - 1].rows++, spans[count - 1].outs++;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t own = spans[i].rows - spans[i].past;
+            spans[i].folded = spans[i].folded < own ? spans[i].folded : own;
+        }
+        delta_rule(job, isa, a, spans, count, z + first * values, out + first * values);
+    }
     leave(job, isa, a, nullptr, out, t, h, y, x, logits);
 }
 
