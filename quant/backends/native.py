@@ -50,6 +50,8 @@ class NativeBackend(TorchBackend):
         """int8 and codes are bound for native calls; an ``embedding`` stays as it is."""
         if isinstance(weight, Int8Weight) and role == "absorbed":
             return self._native.tile_absorbed(weight, head, empty)
+        if isinstance(weight, Tensor) and role == "absorbed":
+            return _absorbed_floats(weight, head, empty)
         if isinstance(weight, Int8Weight) and role != "embedding":
             return self._native.tile_int8(weight, empty)
         copied = super().prepare(role, weight, empty)
@@ -103,9 +105,7 @@ class NativeBackend(TorchBackend):
         return self._native.compress(kv_BSY, gate_BSY, bias_SY, norm_Y, eps)
 
     def mlp(self, x_TD: Tensor, weights: layer_types.Mlp[Prepared]) -> Tensor:
-        if (mlp := self._mlp(weights)) is None:
-            return super().mlp(x_TD, weights)
-        return self._native.mlp(mlp, x_TD.contiguous())
+        return self._native.mlp(self._mlp(weights), x_TD.contiguous())
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
         return self._native.rotate(x_THP.contiguous(), table_TC, halves)
@@ -192,29 +192,8 @@ class NativeBackend(TorchBackend):
         geometry: layer_types.Geometry,
         layers: Sequence[layer_types.Layer[Prepared]],
         ends: layer_types.Ends[Prepared],
-    ) -> NativeDecoder | None:
-        """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
-        an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
-        whole rows normed behind their rotation."""
-        mlps = list[BoundMlp | None]()
-        for layer in layers:
-            mlp = None if layer.mlp is None else self._mlp(layer.mlp)
-            if isinstance(attention := layer.attention, layer_types.Mla):
-                is_native = isinstance(attention.kv_b_proj, Absorbed)
-            elif isinstance(attention, layer_types.Grouped):
-                assert geometry.grouped is not None
-                norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-                alike = all(len(norm) == geometry.grouped.Z for norm in norms)
-                is_native = alike or not geometry.grouped.norm_last
-            elif isinstance(attention, layer_types.Delta):
-                is_native = True
-            else:
-                assert geometry.compressed is not None
-                rest = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE)
-                is_native = rest == 0 and geometry.hyper is not None
-            if (mlp is None) != (layer.mlp is None) or not is_native:
-                return None
-            mlps.append(mlp)
+    ) -> NativeDecoder:
+        mlps = [None if layer.mlp is None else self._mlp(layer.mlp) for layer in layers]
         bound = BoundLayers(geometry, layers, ends, mlps)
         return NativeDecoder(self._native, bound, self.activation)
 
@@ -240,13 +219,19 @@ class NativeBackend(TorchBackend):
         self._native.call("weighted_sum", *inputs, T, K, D, y_TD.data_ptr())
         return y_TD
 
-    def _mlp(self, weights: layer_types.Mlp[Prepared]) -> BoundMlp | None:
-        """The weights bound for native calls; None unless all are tiled int8, or of one codec, and
-        without biases."""
+    def _mlp(self, weights: layer_types.Mlp[Prepared]) -> BoundMlp:
+        """The weights bound for native calls."""
+        assert weights.biases is None
         parts = weights.gate_proj, weights.up_proj, weights.down_proj
-        matrices = [Matrix.of(weight) for weight in parts if not isinstance(weight, Int8Weight)]
-        alike = len(matrices) == 3 and all(map(matrices[0].like, matrices))
-        if not alike or not matrices[0].coded or weights.biases is not None:
-            return None
-        gate, up, down = matrices
+        gate, up, down = map(Matrix.of, parts)
         return BoundMlp(gate, up, down, self.activation, weights.output_gate)
+
+
+def _absorbed_floats(weight: Tensor, head: tuple[int, int], empty: Empty) -> Absorbed:
+    """``kv_b_proj`` [H (N + V), R] of floats; N rows of a head are its query's, V its values'."""
+    n, v = head
+    R = weight.shape[1]
+    heads_HXR = weight.view(-1, n + v, R)
+    query_HRN, value_HVR = heads_HXR[:, :n].transpose(1, 2), heads_HXR[:, n:]
+    parts = [empty(tuple(x.shape), x.dtype).copy_(x) for x in (query_HRN, value_HVR)]
+    return Absorbed(head, R, *parts)

@@ -79,27 +79,27 @@ def test_sample(sample_export, always_guessing, eager, tmp_path, way):
 
 # Over a window, a compressed row of 128 and what an indexer chooses.
 LONG = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3)).tolist()
-# Groups of rows of o_a_proj that fill tiles, so that decode is one native call; odd ones do not.
+# Groups of rows of o_a_proj that fill tiles; odd ones do not.
 REPEATED = LONG[:50] * 4
 CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
 CASES |= {"mistral-groups": {}, "glm4": {}, "gpt-oss": IN_BLOCKS, "dots-wide-window": {}}
 CASES |= {"next": {}, "qwen3.5-odd": {}, "kimi": {}}
+# Resident weights that are not quantized.
+CASES |= {"v3-groups-yarn+bf16": {}, "v4-odd+bf16": {}, "gpt-oss+bf16": {}, "kimi+bf16": {}}
+CASES |= {"glm4+bf16": {}}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def export(heavy, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     changes = CASES[request.param] | {"max_position_embeddings": 1024}
-    if has_head := request.param not in (
-        "glm-5-shared",
-        "gpt-oss",
-        "dots-wide-window",
-        *DELTA_CASES,
-    ):
+    case, _, resident = request.param.partition("+")
+    without_head = ("glm-5-shared", "gpt-oss", "dots-wide-window", *DELTA_CASES)
+    if has_head := case not in without_head:
         changes["num_nextn_predict_layers"] = 1
-    given = folder / "source", request.param, torch.bfloat16
-    write_case(*given, hub="v4" in request.param, **changes)
-    quantize(folder / "source", folder / "export", keep_mtp=has_head)
+    source = folder / "source"
+    write_case(source, case, torch.bfloat16, hub="v4" in case, **changes)
+    quantize(source, folder / "export", keep_mtp=has_head, resident=resident or "auto")
     return folder / "export"
 
 
@@ -141,9 +141,9 @@ def test_a_pass_in_many_chunks_has_the_bits_of_one_chunk(export, of_all, monkeyp
 @needs_native
 @pytest.mark.parametrize("way", WAYS_OF_KINDS, ids=str)
 def test_same_bits_in_every_way(export, of_all, always_guessing, eager, way):
-    lacks = {"ngram": ("v4-odd",), "mtp": ("odd", "gpt-oss", "glm-5", "dots", "next", "kimi")}
-    if any(name in str(export) for name in lacks.get(way.get("draft"), ())):
-        pytest.skip("no decode in one call, or no head that predicts one token more")
+    without_head = ("qwen3.5-odd", "gpt-oss", "glm-5", "dots", "next", "kimi")
+    if way.get("draft") == "mtp" and any(name in str(export) for name in without_head):
+        pytest.skip("no head that predicts one token more")
     with of_kind(export, **way) as runtime:
         for start in () if way else (1, 126, 250):
             got = decode(runtime, LONG[:start], LONG[start : start + 12])

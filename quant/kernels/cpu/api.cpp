@@ -146,10 +146,56 @@ EXPORT int slotmoe_layer_norm(const float* x, const float* weight, const float* 
 
 // --- gated MLP: down(activation(gate x, up x))
 
+namespace {
+
+// Each row's share [t] of the result: the sigmoid of its product with `gate`.
+void shares(const Isa& isa, const float* x, int64_t t, int64_t h, const float* gate, float* share) {
+    isa.linear_dense(x, t, h, gate, Source::f32, 0, 1, share, 1);
+    for (int64_t row = 0; row < t; row++) share[row] = float(1 / (1 + std::exp(-double(share[row]))));
+}
+
+// Tiles begin..end of `rows` results y [rows, h], times their share, and what is added to them.
+void finish_tiles(int64_t begin, int64_t end, int64_t rows, int64_t h, const float* share, const float* residual,
+                  const float* others, float* y) {
+    const int64_t last = end * kTile < h ? end * kTile : h;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t j = row * h + begin * kTile; j < row * h + last; j++) {
+            if (share) y[j] *= share[row];
+            if (residual) y[j] = residual[j] + (others ? others[j] + y[j] : y[j]);
+        }
+}
+
+// `mlp` of matrices that are not alike: unquantized ones among them.
+void mlp_by_products(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
+                     const float* others, float* y) {
+    const Matrix* w = mlp->matrix;
+    const int64_t h = w[0].k, i = w[0].n;
+    for (int64_t pass = 0; pass < t; pass += kPassTokens) {
+        const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens, at = pass * h;
+        float *gate = job.scratch<float>(kGate, rows * i), *up = job.scratch<float>(kUp, rows * i);
+        float* share = mlp->output_gate ? job.scratch<float>(kOuts, rows) : nullptr;
+        multiply(job, {{job, isa, w[0], x + at, rows, gate},
+                       {job, isa, w[1], x + at, rows, up, nullptr, kAct, kActFactor}});
+        job.each(rows, [&](int, int64_t row) {
+            isa.activate(gate + row * i, up + row * i, mlp->activation, gate + row * i, i);
+            if (share) shares(isa, x + at + row * h, 1, h, mlp->output_gate, share + row);
+        });
+        const Product down(job, isa, w[2], gate, rows, y + at);
+        job.parallel(down.tiles(), [&](int, int64_t begin, int64_t end) {
+            down.run(begin, end);
+            finish_tiles(begin, end, rows, h, share, residual ? residual + at : nullptr, others ? others + at : nullptr,
+                         y + at);
+        });
+    }
+}
+
+}  // namespace
+
 // One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it), or
 // without others y = residual + it.
 void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
                   const float* others, float* y) {
+    if (!mlp->alike()) return mlp_by_products(job, isa, x, t, mlp, residual, others, y);
     const Matrix* w = mlp->matrix;
     const int64_t h = w[0].k, i = w[0].n, in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     const Products& by = isa.products(h);
@@ -166,10 +212,7 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
         float* share = job.scratch<float>(kOuts, rows);  // of each row's result
         job.parallel(rows, [&](int, int64_t begin, int64_t end) {
             by.quantize_rows(x + pass * h, h, begin, end, rows, levels.offset, x_blocks, x_factor);
-            if (!mlp->output_gate) return;
-            const float *in = x + (pass + begin) * h, *w = mlp->output_gate;
-            isa.linear_dense(in, end - begin, h, w, Source::f32, 0, 1, share + begin, 1);
-            for (int64_t row = begin; row < end; row++) share[row] = float(1 / (1 + std::exp(-double(share[row]))));
+            if (mlp->output_gate) shares(isa, x + (pass + begin) * h, end - begin, h, mlp->output_gate, share + begin);
         });
         job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
             multiply_tiles(by, w[0], levels, x_blocks, x_factor, rows, begin, end, gate);
@@ -190,12 +233,9 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
             if (rows == 1 && !held[thread])
                 held[thread] = true, by.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
             multiply_tiles(by, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
-            for (int64_t row = pass; row < pass + rows; row++) {
-                const int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
-                for (int64_t j = at; mlp->output_gate && j < last; j++) y[j] *= share[row - pass];
-                for (int64_t j = at; residual && j < last; j++)
-                    y[j] = residual[j] + (others ? others[j] + y[j] : y[j]);
-            }
+            const int64_t at = pass * h;
+            finish_tiles(begin, end, rows, h, mlp->output_gate ? share : nullptr, residual ? residual + at : nullptr,
+                         others ? others + at : nullptr, y + at);
         });
     }
 }

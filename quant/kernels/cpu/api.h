@@ -1,5 +1,6 @@
 // What the files of the C ABI share: status codes, scratch slots, and a matrix as the Python side prepared it.
 #pragma once
+#include <cstring>
 #include <new>
 #include <type_traits>
 
@@ -81,13 +82,21 @@ struct Matrix {
     }
 };
 
-// Gate [i, h], up [i, h], down [h, i], all int8 or all of one codec.
+// Gate [i, h], up [i, h], down [h, i].
 struct Mlp {
     Matrix matrix[3];
     Activation activation;
     const float* output_gate;  // [h]: the sigmoid of its product with x multiplies the result; null without one
 
-    bool valid() const { return matrix[0].valid() && matrix[0].quantized(); }
+    bool valid() const { return matrix[0].valid() && matrix[1].valid() && matrix[2].valid(); }
+    // Whether all are int8, or all of one codec.
+    bool alike() const {
+        const auto like = [&](const Matrix& other) {
+            return other.kind == matrix[0].kind &&
+                   (!is_coded(other.kind) || !memcmp(other.levels, matrix[0].levels, 16 * sizeof(float)));
+        };
+        return matrix[0].quantized() && like(matrix[1]) && like(matrix[2]);
+    }
 };
 
 // How the record of an expert is coded: gate and up [intermediate, hidden] alike, and down [hidden, intermediate].
@@ -155,15 +164,17 @@ struct Indexer {
     }
 };
 
-// kv_b_proj [heads * (n + v), r] as attention multiplies it, in two digits: of each head, in tiles of its own (isa.h),
-// the rows of its query, turned, and those of its values.
+// kv_b_proj [heads * (n + v), r] as attention multiplies it: of each head the rows of its query, turned, [r, n], and those
+// of its values, [v, r]. int8 is in tiles of each head's own (isa.h), and its activations in two digits; scales are null
+// where nothing is quantized.
 struct Absorbed {
-    int64_t heads, n, r, v;
-    const int8_t *query, *value;
+    int64_t heads, n, r, v, kind;
+    const void *query, *value;
     const float *query_scale, *value_scale, *ones;  // [heads, n], [heads, v], [r]
 
     bool valid() const {
-        return heads >= 1 && n >= 1 && n <= kFineColumns && r >= 1 && r <= kFineColumns && v >= 1;
+        return heads >= 1 && n >= 1 && n <= kFineColumns && r >= 1 && r <= kFineColumns && v >= 1 &&
+               (kind == kInt8 || (kind >= kF32 && kind <= kBf16));
     }
 };
 

@@ -187,24 +187,40 @@ struct Absorption {
     int64_t groups = up_to(t, kTogether);  // the parts of a head
     FineBlock* fine = job.scratch<FineBlock>(kX, blocks * kTogether * job.threads());  // each thread's
     double* factor = job.scratch<double>(kXFactor, kTogether * job.threads());
-    float* scaled = job.scratch<float>(kAct, k * job.threads());
+    const int64_t held = w.kind == kInt8 ? 1 : kTogether;  // rows of x that a thread copies
+    float* scaled = job.scratch<float>(kAct, held * k * job.threads());
+
+    // Weights [n, k] that are not quantized times the head's rows of `count` tokens, which are copied side by side.
+    void multiply_dense(const void* weights, int64_t head, int64_t first, int64_t count, int thread, float* y) const {
+        float* rows = scaled + thread * held * k;
+        for (int64_t i = 0; i < count; i++)
+            memcpy(rows + i * k, x + ((first + i) * w.heads + head) * ldx, size_t(k) * 4);
+        const int64_t bytes = w.kind == kF32 ? 4 : 2;
+        const uint8_t* own = static_cast<const uint8_t*>(weights) + head * n * k * bytes;
+        isa.linear_dense(rows, count, k, own, Source(w.kind - kF32), 0, n, y, w.heads * ldo);
+    }
 
     void run(int thread, int64_t begin, int64_t end) const {  // parts begin..end
         FineBlock* rows = fine + thread * blocks * kTogether;
         double* factors = factor + thread * kTogether;
-        float* row = scaled + thread * k;
+        float* row = scaled + thread * held * k;
         for (int64_t part = begin; part < end; part++) {
             const int64_t head = part / groups, first = part % groups * kTogether;
             const int64_t count = t - first < kTogether ? t - first : kTogether;
-            const float* columns = values ? nullptr : w.query_scale + head * k;
+            const float* columns = values || w.kind != kInt8 ? nullptr : w.query_scale + head * k;
+            float* y = out + (first * w.heads + head) * ldo;
+            const void* weights = values ? w.value : w.query;
+            if (w.kind != kInt8) {
+                multiply_dense(weights, head, first, count, thread, y);
+                continue;
+            }
             for (int64_t i = 0; i < count; i++) {
                 const float* in = x + ((first + i) * w.heads + head) * ldx;
                 for (int64_t j = 0; columns && j < k; j++) row[j] = in[j] * columns[j];
                 isa.fine.quantize_rows(columns ? row : in, k, 0, 1, count, 0.0f, rows + i, factors + i);
             }
-            const int8_t* packed = (values ? w.value : w.query) + head * tiles * blocks * kTile * kBlock;
+            const int8_t* packed = static_cast<const int8_t*>(weights) + head * tiles * blocks * kTile * kBlock;
             const float* scale = values ? w.value_scale + head * n : w.ones;
-            float* y = out + (first * w.heads + head) * ldo;
             isa.fine.int8_tiles({packed, scale, n, blocks}, rows, factors, count, 0, tiles, y, w.heads * ldo);
         }
     }

@@ -140,7 +140,8 @@ class Kernels:
             whole = pad(part, (0, 0, 0, -part.shape[1] % TILE)).flatten(0, 1).contiguous()
             tiles.append(self._tiles(whole, empty).unflatten(0, (len(q), -1)))
         plain = scale[:, :n], scale[:, n:], torch.ones(r)
-        return Absorbed(*tiles, *(empty(tuple(x.shape), torch.float32).copy_(x) for x in plain))
+        scales = [empty(tuple(x.shape), torch.float32).copy_(x) for x in plain]
+        return Absorbed(head, r, *tiles, *scales)
 
     def _tiles(self, q: Tensor, empty: Empty) -> Tensor:
         n, k = q.shape

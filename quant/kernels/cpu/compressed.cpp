@@ -18,7 +18,7 @@ bool Compressed::valid(const Tokens& tokens) const {
         return false;
     if (!query.valid() || !query_b.valid() || !key.valid() || !out_a.valid() || !out_b.valid() || !gate.valid())
         return false;
-    if (groups < 1 || out_a.n % (groups * kTile) || heads * z != groups * out_a.k || !tokens.table) return false;
+    if (groups < 1 || out_a.n % groups || heads * z != groups * out_a.k || !tokens.table) return false;
     if (!compressor) return !index_keys && !indexer;
     if (!compressor->valid(tokens, p) || !tokens.compressed_table) return false;
     if (!indexer) return !index_keys;
@@ -64,6 +64,23 @@ void complete(const Isa& isa, const Compressor& c, const Tokens& tokens, int64_t
     isa.rms_norm(kv, c.norm, width, eps, kv);
     rotate(kv + width - p, group.table + token * p, p / 2, false, kv + width - p);
     isa.store_latent(kv, width, 0, group.rows.at(token, c.layer, position / c.ratio));
+}
+
+// Each group of heads out [t, groups, ..] times its own rows of out_a -> y [t, out_a.n].
+void project_groups(Job& job, const Isa& isa, const Compressed& a, int64_t t, const float* out, float* y) {
+    const Matrix& w = a.out_a;
+    const int64_t rows = w.n / a.groups;
+    if (rows % kTile == 0) return multiply(job, isa, w, out, t, y, a.groups);
+    // Groups share tiles, which no real model's do: each multiplies all of them.
+    float* group_out = job.scratch<float>(kBlockOut, t * w.k);
+    float* all = job.scratch<float>(kUp, t * w.n);
+    for (int64_t group = 0; group < a.groups; group++) {
+        for (int64_t token = 0; token < t; token++)
+            memcpy(group_out + token * w.k, out + (token * a.groups + group) * w.k, size_t(w.k) * 4);
+        multiply(job, isa, w, group_out, t, all);
+        for (int64_t token = 0; token < t; token++)
+            memcpy(y + token * w.n + group * rows, all + token * w.n + group * rows, size_t(rows) * 4);
+    }
 }
 
 // x [t, hidden], what the layer's attention reads -> y [t, hidden].
@@ -145,7 +162,7 @@ void compressed_attention(Job& job, const Isa& isa, const Compressed& a, int64_t
         rotate(out + i * z + z - p, table + i / heads * p, p / 2, false, out + i * z + z - p, true);
     });
     float* low_out = job.scratch<float>(kValues, t * a.out_a.n);
-    multiply(job, isa, a.out_a, out, t, low_out, a.groups);
+    project_groups(job, isa, a, t, out, low_out);
     multiply(job, isa, a.out_b, low_out, t, y);
 }
 

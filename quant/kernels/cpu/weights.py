@@ -131,9 +131,13 @@ class Structure:
 
 
 _ABSORBED = Structure(
-    "heads n r v query:i8[A,R/16,N/64,1024] value:i8[A,V/16,R/64,1024] query_scale:f32[A,N]"
-    " value_scale:f32[A,V] ones:f32[R]"
+    "heads n r v kind query:pointer value:pointer query_scale?:f32[A,N] value_scale?:f32[A,V]"
+    " ones?:f32[R]"
 )
+_ABSORBED_WEIGHTS = {  # its two, of what an `Absorbed` is made of
+    torch.int8: ("query:i8[A,R/16,N/64,1024]", "value:i8[A,V/16,R/64,1024]"),
+    **dict.fromkeys(signatures.SOURCE_TYPES, ("query:source[A,R,N]", "value:source[A,V,R]")),
+}
 ACTIVATION = " limit:float alpha:float offset:float"
 _MLP = Structure(
     f"gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] {ACTIVATION} output_gate?:f32[1,H]"
@@ -154,15 +158,31 @@ def bind_router(router: Router) -> Bound:
 
 class Absorbed(Bound):
     """`kv_b_proj` [A (N + V), R] as attention multiplies it: of each head its query's rows, turned,
-    and its values', int8 in tiles as in `Matrix`, with activations of 15 bits and one scale a row.
-    `memory` and its shapes are those of `_ABSORBED`."""
+    and its values'.  int8 is in tiles as in `Matrix`, with activations of 15 bits and one scale a
+    row; floats are in rows.
 
-    def __init__(self, *memory: Tensor) -> None:
-        query_scale, value_scale, ones = memory[2:]
-        (heads, n), v, r = query_scale.shape, value_scale.shape[1], len(ones)
+    Args:
+        head: Rows N of the query and V of the values.
+        query: int8 [A, R / 16, N / 64, 1024] or floats [A, R, N].
+        value: int8 [A, V / 16, R / 64, 1024] or floats [A, V, R].
+        scales: float32 [A, N], [A, V] and ones [R]; None of floats.
+    """
+
+    def __init__(
+        self, head: tuple[int, int], r: int, query: Tensor, value: Tensor, *scales: Tensor | None
+    ) -> None:
+        heads, (n, v) = len(query), head
         sizes = {"A": heads, "N": n, "R": r, "V": v}
+        kind = INT8 if query.dtype == torch.int8 else _DENSE + signatures.SOURCE_TYPES[query.dtype]
+        texts = _ABSORBED_WEIGHTS[query.dtype]
+        pointers = [
+            tensor_spec(text).check(weight, dict(sizes))
+            for text, weight in zip(texts, (query, value), strict=True)
+        ]
         self.shape = heads * (n + v), r
-        super().__init__(_ABSORBED.bind(sizes, heads, n, r, v, *memory).native, sizes, memory)
+        scales = scales or (None,) * 3
+        bound = _ABSORBED.bind(sizes, heads, n, r, v, kind, *pointers, *scales)
+        super().__init__(bound.native, sizes, query, value, scales)
 
 
 Prepared = Weight | Placed | Matrix | Absorbed  # the last two are bound for native calls
@@ -180,8 +200,6 @@ class BoundMlp(Bound):
         activation: Activation = SWIGLU,
         output_gate: Tensor | None = None,
     ) -> None:
-        if not gate.coded or not gate.like(up) or not gate.like(down):
-            raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
         bound = _MLP.bind({}, gate, up, down, *activation, output_gate)
         super().__init__(bound.native, {"H": bound.sizes["H"]}, bound)
 
